@@ -15,6 +15,7 @@ enum class Activation : int32_t { none, relu, relu6, silu };
 struct Planes {
   void* data;
   Scalar scalar;
+  int64_t extent;  // elements from `data` to behind the last one
   int64_t height, width;
   int64_t frame_stride, channel_stride, row_stride, column_stride;
 };
@@ -65,6 +66,7 @@ struct Convolution {
   std::vector<Tap> taps;
   std::vector<Phase> phases;     // set by lay_out_taps, as is what follows
   int64_t shift_y, shift_x;      // the largest of the taps
+  bool all_live_here;            // no live route reads the next frame
 };
 
 // Groups the taps by phase.

@@ -53,6 +53,9 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
                            int64_t group_live) {
   std::vector<Unit> units;
   units.reserve(size_t(problem.frame_count * problem.group_count));
+  const auto add = [&](int64_t frame, std::span<const Route> r, std::span<const Route> l, int64_t weight_offset) {
+    if (!r.empty()) units.push_back({frame, r.data(), int64_t(r.size()), l.data(), int64_t(l.size()), weight_offset});
+  };
   const auto take = [](std::span<const Route>& list, int64_t end) {
     size_t count = 0;
     while (count < list.size() && list[count].channel < end) ++count;
@@ -63,14 +66,13 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
   for (int64_t t = 0; t < problem.frame_count; ++t) {
     std::span<const Route> row_list = rows[t], live_list = live[t];
     if (problem.group_count == 1) {
-      units.push_back({t, row_list.data(), int64_t(row_list.size()), live_list.data(), int64_t(live_list.size()), 0});
+      add(t, row_list, live_list, 0);
       continue;
     }
     for (int64_t g = 0; g < problem.group_count; ++g) {
       const auto r = take(row_list, (g + 1) * group_rows), l = take(live_list, (g + 1) * group_live);
       // The weight holds a group's own input channels only, so their numbers count from the group's first.
-      units.push_back({t, r.data(), int64_t(r.size()), l.data(), int64_t(l.size()),
-                       -g * problem.group_in() * problem.taps()});
+      add(t, r, l, -g * problem.group_in() * problem.taps());
     }
   }
   return units;
@@ -95,7 +97,7 @@ void run(const std::vector<Task>& tasks, const Planes& target, const FrameChanne
   const double zero_work = double(zeros.size()) * double(target.height * target.width);
   run_tasks(count + int64_t(zeros.size()), work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
     if (i < count)
-      kernels.convolve(*tasks[size_t(i)].convolution, *tasks[size_t(i)].unit, tasks[size_t(i)].tile, scratch);
+      run_task(tasks[size_t(i)], kernels, scratch);
     else
       zero_plane(target, zeros[size_t(i - count)].frame, zeros[size_t(i - count)].channel);
   });
@@ -131,6 +133,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   conv.step_y = problem.y.stride;
   conv.step_x = problem.x.stride;
   conv.target_step_y = conv.target_step_x = 1;
+  conv.all_live_here = true;
   for (int64_t ky = 0; ky < problem.y.size; ++ky)
     for (int64_t kx = 0; kx < problem.x.size; ++kx)
       conv.taps.push_back({.dy = int32_t(ky * problem.y.dilation - problem.y.padding),

@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kSourceBytes = 256 * 1024;
 constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kRowsPerTask = 32;
+constexpr size_t kUnitsPerTask = 64;
+constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
 constexpr double kParallelWork = 1e5;
 
@@ -78,30 +80,38 @@ void flatten_grid(Convolution& conv) {
 void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                const Kernels& kernels) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
-  const int64_t height = conv.grid_height, width = conv.grid_width;
-  for (const Unit& unit : units) {
-    if (unit.row_count == 0 || height == 0 || width == 0) continue;
-    const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
+  const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
+  if (height == 0 || width == 0) return;
+  for (size_t u = 0; u < units.size();) {
+    const Unit& unit = units[u];
     // Whole rows where they fit, else parts of one row.
+    const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
     const int64_t row_bytes = pixel_bytes * (width + conv.shift_x);
-    int64_t y_parts = 1, x_parts = 1;
+    int64_t y_parts = 1, x_block = width;
     if (row_bytes * (1 + conv.shift_y) <= kSourceBytes) {
       y_parts = ceil_div(height, std::max<int64_t>(1, kSourceBytes / row_bytes - conv.shift_y));
     } else {
       y_parts = height;
       const int64_t fitting = kSourceBytes / (pixel_bytes * (1 + conv.shift_y)) - conv.shift_x;
-      const int64_t block = kernels.pixel_block;
-      x_parts = ceil_div(width, std::max(2 * block, fitting / block * block));
+      x_block = std::max<int64_t>(2, fitting / block) * block;
     }
+    // A last part of less than a register tile joins the one before.
+    const int64_t x_parts = std::max<int64_t>(1, (width + x_block - block) / x_block);
+    // Small units of a frame go together: their geometry is the same.
+    size_t end = u + 1;
+    int64_t row_count = unit.row_count;
+    for (; row_count <= kSmallUnitRows && end < units.size() && units[end].frame == unit.frame && end - u < kUnitsPerTask; ++end)
+      row_count = std::max(row_count, units[end].row_count);
     const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * y_parts * x_parts);
-    const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, kRowsPerTask), 1, wanted);
+    const int64_t row_parts = std::clamp<int64_t>(ceil_div(row_count, kRowsPerTask), 1, wanted);
     for (int64_t y = 0; y < y_parts; ++y)
       for (int64_t x = 0; x < x_parts; ++x)
         for (int64_t r = 0; r < row_parts; ++r)
-          tasks.push_back({&conv, &unit,
-                           Tile{height * y / y_parts, height * (y + 1) / y_parts, width * x / x_parts,
-                                width * (x + 1) / x_parts, unit.row_count * r / row_parts,
-                                unit.row_count * (r + 1) / row_parts}});
+          tasks.push_back({&conv, &unit, int64_t(end - u),
+                           Tile{height * y / y_parts, height * (y + 1) / y_parts, x * x_block,
+                                x + 1 == x_parts ? width : (x + 1) * x_block, row_count * r / row_parts,
+                                row_count * (r + 1) / row_parts}});
+    u = end;
   }
 }
 
@@ -111,9 +121,13 @@ double work(const std::vector<Task>& tasks) {
     const Tile& tile = task.tile;
     sum += double(tile.y_end - tile.y_begin) * double(tile.x_end - tile.x_begin) *
            double(tile.row_end - tile.row_begin) *
-           double(1 + task.unit->live_count * int64_t(task.convolution->taps.size()));
+           double(task.unit_count * (1 + task.units->live_count * int64_t(task.convolution->taps.size())));
   }
   return sum;
+}
+
+void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
+  kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
 }
 
 void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run) {

@@ -16,7 +16,8 @@ const Kernels& best_kernels();
 
 struct Task {
   const Convolution* convolution;
-  const Unit* unit;
+  const Unit* units;
+  int64_t unit_count;  // of one frame
   Tile tile;
 };
 
@@ -29,6 +30,8 @@ void flatten_grid(Convolution& convolution);
 
 // Multiply-adds that a set of tasks stands for.
 double work(const std::vector<Task>& tasks);
+
+void run_task(const Task& task, const Kernels& kernels, Scratch& scratch);
 
 // Calls run(i, scratch) for i < count, each once, on all threads if `work` multiply-adds are worth waking them.
 void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run);

@@ -23,8 +23,8 @@ class Scratch {
 struct Kernels {
   // Rows that one register tile takes, and the pixels it spans.
   int row_block, pixel_block;
-  // Computes one tile of one unit and stores it.
-  void (*convolve)(const Convolution&, const Unit&, const Tile&, Scratch&);
+  // Computes and stores one tile of each of some units of one frame.
+  void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
 };
 
 namespace portable {
