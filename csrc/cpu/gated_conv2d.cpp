@@ -78,12 +78,18 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
   return units;
 }
 
+constexpr int64_t kZeroedPerTask = 64 * 1024;  // elements
+
 void zero_plane(const Planes& planes, int64_t frame, int64_t channel) {
   const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
   char* plane = static_cast<char*>(planes.data) +
                 (frame * planes.frame_stride + channel * planes.channel_stride) * size;
   for (int64_t y = 0; y < planes.height; ++y) {
     char* row = plane + y * planes.row_stride * size;
+    if (planes.column_stride == 1 && planes.row_stride == planes.width) {
+      std::memset(row, 0, size_t(planes.height * planes.width * size));
+      return;
+    }
     if (planes.column_stride == 1)
       std::memset(row, 0, size_t(planes.width * size));
     else
@@ -91,15 +97,26 @@ void zero_plane(const Planes& planes, int64_t frame, int64_t channel) {
   }
 }
 
+// What a call needs besides its output, kept for the next one: fresh pages cost more than the work done on them.
+Scratch& call_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // Runs the convolutions over the units they were planned for, and zeroes the channels that no unit writes.
 void run(const std::vector<Task>& tasks, const Planes& target, const FrameChannels& zeros, const Kernels& kernels) {
-  const int64_t count = int64_t(tasks.size());
-  const double zero_work = double(zeros.size()) * double(target.height * target.width);
-  run_tasks(count + int64_t(zeros.size()), work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
-    if (i < count)
+  const int64_t count = int64_t(tasks.size()), zero_count = int64_t(zeros.size());
+  const int64_t plane = target.height * target.width;
+  const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
+  const double zero_work = double(zero_count * plane) / 16;
+  run_tasks(count + (zero_count + chunk - 1) / chunk, work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
+    if (i < count) {
       run_task(tasks[size_t(i)], kernels, scratch);
-    else
-      zero_plane(target, zeros[size_t(i - count)].frame, zeros[size_t(i - count)].channel);
+    } else {
+      const int64_t first = (i - count) * chunk;
+      for (int64_t z = first; z < std::min(first + chunk, zero_count); ++z)
+        zero_plane(target, zeros[size_t(z)].frame, zeros[size_t(z)].channel);
+    }
   });
 }
 
@@ -148,6 +165,8 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   const Kernels& kernels = best_kernels();
   const Planes target = conv.target;
   flatten_grid(conv);
+  if (problem.group_count == 1 && can_use_winograd(conv, units))
+    transform_weights(conv, units, problem.out_channels, problem.in_channels, kernels, call_scratch());
   std::vector<Task> tasks;
   add_tasks(tasks, conv, units, kernels);
   run(tasks, target, zeros, kernels);

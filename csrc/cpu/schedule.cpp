@@ -16,6 +16,8 @@ namespace {
 
 // Half of a second-level cache of 512 KiB; the weights stream through the other half.
 constexpr int64_t kSourceBytes = 256 * 1024;
+// Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
+constexpr int64_t kPointBytes = 900 * 1024;
 constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kRowsPerTask = 32;
 constexpr size_t kUnitsPerTask = 64;
@@ -33,6 +35,22 @@ bool is_flat(const Convolution& conv) {
          conv.grid_height == conv.source.height && conv.grid_width == conv.source.width &&
          conv.grid_height == conv.target.height && conv.grid_width == conv.target.width && gapless(conv.source) &&
          gapless(conv.target);
+}
+
+void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
+  for (const Unit& unit : units) {
+    const int64_t row_bytes = 16 * 4 * std::max<int64_t>(1, unit.live_count) * block_columns;
+    const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
+    const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * parts);
+    const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t r = 0; r < row_parts; ++r)
+        tasks.push_back({&conv, &unit, 1,
+                         Tile{block_rows * p / parts, block_rows * (p + 1) / parts, 0, block_columns,
+                              unit.row_count * r / row_parts, unit.row_count * (r + 1) / row_parts}});
+  }
 }
 
 }  // namespace
@@ -77,11 +95,43 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
+bool can_use_winograd(const Convolution& conv, std::span<const Unit> units) {
+  if (conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 || conv.shift_y != 2 || conv.shift_x != 2 ||
+      conv.target_step_y != 1 || conv.target_step_x != 1)
+    return false;
+  return std::all_of(units.begin(), units.end(), [](const Unit& unit) { return unit.weight_offset == 0; });
+}
+
+void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels, Scratch& scratch) {
+  std::vector<bool> used(size_t(row_count), false);
+  for (const Unit& unit : units)
+    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < row_count; ++r)
+    if (used[size_t(r)]) rows.push_back(r);
+  // Points are a multiple of a cache line apart, but not of a power of two of them: 16 are written at once.
+  const int64_t point_stride = ceil_div(channel_count, 16) * 16 + 16, row_stride = 16 * point_stride;
+  float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
+  constexpr int64_t chunk = 8;
+  const int64_t count = ceil_div(int64_t(rows.size()), chunk);
+  run_tasks(count, 16. * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
+    for (int64_t r = i * chunk; r < std::min((i + 1) * chunk, int64_t(rows.size())); ++r)
+      kernels.winograd_weights(conv, rows[size_t(r)], channel_count, transformed + rows[size_t(r)] * row_stride,
+                               point_stride);
+  });
+  conv.winograd = {transformed, row_stride, point_stride};
+}
+
 void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                const Kernels& kernels) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
   if (height == 0 || width == 0) return;
+  if (conv.winograd.weight != nullptr) {
+    add_winograd_tasks(tasks, conv, units);
+    return;
+  }
   for (size_t u = 0; u < units.size();) {
     const Unit& unit = units[u];
     // Whole rows where they fit, else parts of one row.
@@ -127,7 +177,10 @@ double work(const std::vector<Task>& tasks) {
 }
 
 void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
-  kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
+  if (task.convolution->winograd.weight != nullptr)
+    kernels.convolve_winograd(*task.convolution, *task.units, task.tile, scratch);
+  else
+    kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
 }
 
 void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run) {

@@ -54,7 +54,7 @@ inline void multiply_and_store(const Convolution& conv, const Unit& unit, const 
   for_row_groups(tile.row_begin, std::min(tile.row_end, unit.row_count), [&](int64_t first, int64_t count) {
     const RowGroup group(conv, unit, first, count);
     const Product product = {group.rows, steps, step_count, source, group.start};
-    multiply<prefetch>(product, count, point_count, out, [&](int64_t at, int64_t width) {
+    multiply<prefetch, true>(product, count, point_count, out, kTilePixels, [&](int64_t at, int64_t width) {
       Segment list[kTilePixels];
       const int64_t segment_count = segments(at, width, list);
       for (int64_t r = 0; r < count; ++r) {

@@ -79,9 +79,11 @@ constexpr int kSingleRowVectors = 8;
 // The widest tile, in pixels: what may be read past the last pixel, and the room that a tile's result needs.
 constexpr int kTilePixels = kSingleRowVectors * kLanes;
 
-// Calls store(first, count) after each register tile of `product` over `count` pixels; out: [rows][kTilePixels].
-template <bool prefetch, typename Store>
-inline void multiply(const Product& product, int64_t row_count, int64_t count, float* out, const Store& store) {
+// Multiplies `count` pixels, register tile by register tile. Pixel i of row r goes to out[r * row_stride + i], or, with
+// `reuse`, to the same place for every tile, at most kTilePixels a row. Calls done(first, count) after each tile.
+template <bool prefetch, bool reuse, typename Done>
+inline void multiply(const Product& product, int64_t row_count, int64_t count, float* out, int64_t row_stride,
+                     const Done& done) {
   constexpr int half = kLanes / 2;
   Product tile = product;
   for (int64_t at = 0; at < count;) {
@@ -100,8 +102,8 @@ inline void multiply(const Product& product, int64_t row_count, int64_t count, f
       function = tile_for<1>(row_count), width = kLanes;
     }
     tile.source = product.source + at;
-    function(tile, out, kTilePixels);
-    store(at, left < width ? left : width);
+    function(tile, reuse ? out : out + at, row_stride);
+    done(at, left < width ? left : width);
     at += width;
   }
 }
