@@ -1,9 +1,9 @@
 """Drives the native build of CMakeLists.txt.
 
-torch is no build requirement, because an isolated build would then fetch a second one. It is looked for in the
-environment that runs the build, also from inside pip's isolated environment, whose interpreter is the one that
-the package is installed for. Where something that the native build needs is missing, the package is built
-without native code, and `python -m adakernels info` tells why.
+torch is no build requirement, because an isolated build would then fetch a second one. It is looked for in
+the environment that runs the build, also from inside pip's isolated environment, whose interpreter is the one
+that the package is installed for. Where something that the native build needs is missing, the package is
+built without native code, and `python -m adakernels info` tells why.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_cmake() -> Path:
     """Builds all targets and returns the folder that they lie in. Raises NativeBuildImpossible."""
     torch = find_torch()
     if torch is None:
-        raise NativeBuildImpossible(f"there was no torch for {sys.executable}; install torch first")
+        raise NativeBuildImpossible(f"{sys.executable} had no torch; it has to be there before adakernels")
     if tuple(int(part) for part in torch["version"].split(".")[:2]) < OLDEST_TORCH:
         raise NativeBuildImpossible(f"torch {torch['version']} is too old; 2.10 or newer is needed")
     if find_compiler() is None:
