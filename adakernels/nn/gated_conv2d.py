@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adakernels import flops
 from adakernels.nn.folding import FoldCache, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
 
@@ -143,7 +145,10 @@ def _conv_act(
     in_policy: Tensor | None,  # [N, C_in]
 ) -> Tensor:
     if policy is None and in_policy is None:
-        return _ACTIVATIONS[activation](conv._conv_forward(input, weight, bias))
+        output = conv._conv_forward(input, weight, bias)
+        if flops.counting:
+            flops.record_dense("conv2d", output, math.prod(weight.shape[1:]))
+        return _ACTIVATIONS[activation](output)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

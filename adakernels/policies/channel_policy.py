@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adakernels import flops
 from adakernels.nn.folding import FoldCache, is_foldable
 from adakernels.ops import Policy
 
@@ -78,8 +79,12 @@ class ChannelPolicy(nn.Module):
             weight, bias = self._folded.fold(self.fc1.weight, self.fc1.bias, self.bn)
             hidden = F.linear(pooled, weight, bias)
         else:
-            hidden = self.bn(self.fc1(pooled))
-        return self.fc2(hidden.relu_()).unflatten(1, (self.out_channels, len(Policy)))
+            hidden = self.bn(F.linear(pooled, self.fc1.weight))
+        if flops.counting:
+            work = self.fc1.weight.numel() + self.fc2.weight.numel()
+            flops.record("channel_policy", 0.0, hidden.new_full(hidden.shape[:1], work, dtype=torch.float64))
+        logits = F.linear(hidden.relu_(), self.fc2.weight, self.fc2.bias)
+        return logits.unflatten(1, (self.out_channels, len(Policy)))
 
     def forward(
         self,
@@ -108,7 +113,8 @@ class ChannelPolicy(nn.Module):
             logits = logits + gumbel_noise(logits, generator=self.generator)
         policy = logits.argmax(2)
         first = policy[::frames]
-        first.masked_fill_(first == Policy.REUSE, Policy.SKIP)
+        # Compiled code takes no enum for a number.
+        first.masked_fill_(first == Policy.REUSE.value, Policy.SKIP.value)
         return policy
 
     def train(self, mode: bool = True) -> ChannelPolicy:
