@@ -1,9 +1,9 @@
 """Drives the native build of CMakeLists.txt.
 
-torch is no build requirement, because an isolated build would then fetch a second one. It is looked for in the
-environment that runs the build: also from inside pip's isolated environment, whose interpreter is the one that the
-package is installed for. Where something that the native build needs is missing, the package is built without
-native code and `python -m adakernels info` tells why.
+torch is no build requirement, because an isolated build would then fetch a second one. It is looked for in
+the environment that runs the build, also from inside pip's isolated environment, whose interpreter is the one
+that the package is installed for. Where something that the native build needs is missing, the package is
+built without native code, and `python -m adakernels info` tells why.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -31,7 +32,8 @@ if spec is not None and spec.origin is not None:
     folder = pathlib.Path(spec.origin).parent
     version = {}
     exec((folder / "version.py").read_text(), version)
-    print(json.dumps({"folder": str(folder), "version": str(version["__version__"]), "cuda": version["cuda"] or ""}))
+    found = {"folder": str(folder), "version": version["__version__"], "cuda": version["cuda"] or ""}
+    print(json.dumps(found))
 """
 
 
@@ -42,8 +44,9 @@ def find_torch() -> dict[str, str] | None:
     if "pip-build-env" in env.get("PYTHONPATH", ""):
         env.pop("PYTHONPATH")
         env.pop("PYTHONNOUSERSITE", None)
-    found = subprocess.run([sys.executable, "-c", FIND_TORCH], env=env, cwd="/", capture_output=True, text=True)
-    return json.loads(found.stdout) if found.returncode == 0 and found.stdout else None
+    command = [sys.executable, "-c", FIND_TORCH]
+    output = subprocess.run(command, env=env, cwd="/", stdout=subprocess.PIPE, check=True, text=True).stdout
+    return json.loads(output) if output else None
 
 
 def find_tool(name: str, folder_attribute: str) -> str | None:
@@ -68,32 +71,36 @@ def run_cmake() -> Path:
     """Builds all targets and returns the folder that they lie in. Raises NativeBuildImpossible."""
     torch = find_torch()
     if torch is None:
-        raise NativeBuildImpossible(f"torch is not installed for {sys.executable}; install torch, then this again")
+        raise NativeBuildImpossible(f"{sys.executable} had no torch; it has to be there before adakernels")
     if tuple(int(part) for part in torch["version"].split(".")[:2]) < OLDEST_TORCH:
-        raise NativeBuildImpossible(f"torch {torch['version']} has no stable ABI; torch 2.10 or newer is needed")
+        raise NativeBuildImpossible(f"torch {torch['version']} is too old; 2.10 or newer is needed")
     if find_compiler() is None:
         raise NativeBuildImpossible("there is no C++ compiler; install g++ or clang++ (C++20), or set CXX")
     cmake = find_tool("cmake", "CMAKE_BIN_DIR")
     ninja = find_tool("ninja", "BIN_DIR")
     if cmake is None or ninja is None:
-        raise NativeBuildImpossible("cmake or ninja is missing; pip install cmake ninja pybind11")
+        raise NativeBuildImpossible("cmake or ninja is missing; pip install cmake ninja")
     try:
-        pybind11 = importlib.import_module("pybind11").get_cmake_dir()
+        pybind11 = importlib.import_module("pybind11").get_include()
     except ImportError:
-        raise NativeBuildImpossible("pybind11 is missing; pip install cmake ninja pybind11") from None
+        pybind11 = str(Path(torch["folder"], "include"))  # torch's own copy
     build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     definitions = {
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11,
         "ADAKERNELS_TORCH_DIR": torch["folder"],
         "ADAKERNELS_TORCH_VERSION": torch["version"],
         "ADAKERNELS_TORCH_CUDA": torch["cuda"],
+        "ADAKERNELS_PYBIND11_INCLUDE_DIR": pybind11,
         "ADAKERNELS_CUDA": os.environ.get("ADAKERNELS_CUDA", "auto"),
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-    subprocess.run(configure + [f"-D{name}={value}" for name, value in definitions.items()], check=True)
-    subprocess.run([cmake, "--build", str(build)], check=True)
+    for command in (
+        configure + [f"-D{name}={value}" for name, value in definitions.items()],
+        [cmake, "--build", str(build)],
+    ):
+        if subprocess.run(command).returncode != 0:
+            raise CompileError("CMake failed; the reason is in its output above")
     return build / "adakernels"
 
 
@@ -134,11 +141,9 @@ class CMakeBuild(build_ext):
             shutil.copy2(Path(self.build_lib) / note, note)
 
 
-native_sources = [
-    "CMakeLists.txt",
-    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in {".cpp", ".h", ".cu"}),
-]
+native_sources = [path for path in ROOT.glob("csrc/**/*") if path.suffix in {".cpp", ".h", ".cu"}]
+sources = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in native_sources)]
 setup(
-    ext_modules=[Extension(f"adakernels.{name}", sources=native_sources) for name in ("_C", "_ops")],
+    ext_modules=[Extension(f"adakernels.{name}", sources=sources) for name in ("_C", "_ops")],
     cmdclass={"build_ext": CMakeBuild},
 )

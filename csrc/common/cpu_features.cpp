@@ -87,7 +87,7 @@ Isa isa_limit() {
       return isa;
     }
   }
-  throw std::runtime_error(
+  throw std::invalid_argument(
       "ADAKERNELS_CPU_ISA must be portable, avx2 or avx512, got '" + std::string(value) + "'");
 }
 

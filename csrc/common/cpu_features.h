@@ -19,7 +19,7 @@ const std::vector<CpuFeature>& cpu_features();
 Isa supported_isa();
 
 // supported_isa() capped by the environment variable ADAKERNELS_CPU_ISA, read at the first call.
-// Throws std::runtime_error if the variable names no instruction set.
+// Throws std::invalid_argument if the variable names no instruction set.
 Isa best_isa();
 
 const char* isa_name(Isa isa);
