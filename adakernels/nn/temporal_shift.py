@@ -15,7 +15,7 @@ def temporal_shift(
     """Moves 1/`divisor` of the channels one frame back in time and another 1/`divisor` one frame on.
 
     Channels i < C // divisor of frame t come from frame t + 1, the next C // divisor from frame t - 1, and
-    the rest stays; what would come from outside the clip is zero (Lin et al., TSM, 2019, bi-directional shift).
+    the rest stays; what would come from outside the clip is zero (Lin et al., TSM, 2019, both directions).
 
     Args:
         frames: frames per clip; row b * frames + t of `input` is frame t of clip b.
