@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ class Target:
     """A row of the result table: which records it gathers, which of their numbers it judges, and the goals.
 
     `metric` is a record's key; `worst` bounds every case and `mean` the geometric mean, in the direction that
-    `higher` says. None means the row is shown but not judged on that.
+    `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means the row
+    is shown but not judged on that. `updated` and `case` narrow the family down.
     """
 
     label: str
@@ -103,10 +105,19 @@ class Target:
     worst: float | None = None
     aim: float | None = None
     updated: tuple[float, ...] | None = None
+    case: str | None = None
 
     @property
     def higher(self) -> bool:
         return self.metric == "eta"
+
+    def gathers(self, record: Mapping[str, Any]) -> bool:
+        """Whether `record` belongs to this row."""
+        return (
+            record["family"] == self.family
+            and (self.updated is None or record.get("updated") in self.updated)
+            and (self.case is None or record["case"] == self.case)
+        )
 
 
 RESNET18_CONV1 = (
@@ -220,9 +231,12 @@ TARGETS = [
     Target("gated input 3×3", "gated_input", mean=0.80, aim=0.95),
     Target("gated depthwise", "gated_depthwise", mean=0.80, aim=0.95),
     Target("gated conv, forward + backward", "gated_backward"),
-    Target("AdaFuse clip, policy included", "model", "time_ratio", worst=0.80, aim=0.72),
+    Target("AdaFuse ResNet-18, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, case=MODELS[0].name),
+    Target("AdaFuse ResNet-50, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, case=MODELS[1].name),
+    Target("AdaFuse ResNet-18, 4 clips", "model", "time_ratio", case=MODELS[2].name),
+    Target("AdaFuse ResNet-50, 4 clips", "model", "time_ratio", case=MODELS[3].name),
     Target("peak memory", "memory", "memory_ratio", worst=1.1, aim=1.0),
-    Target("call overhead (µs)", "overhead", "overhead_us", worst=15.0, aim=5.0),
+    Target("call overhead", "overhead", "overhead_us", worst=15.0, aim=5.0),
 ]
 
 
@@ -269,6 +283,28 @@ def updated_mask(
     updated = clips == KEEP
     updated[:, :-1] |= clips[:, 1:] == REUSE
     return updated.flatten(0, 1)
+
+
+def floor(
+    shape: ConvShape,
+    policy: Tensor | None,  # [N, C_out]
+    in_policy: Tensor | None,  # [N, C_in]
+    frames: int,
+    batch: int,
+) -> tuple[float, float]:
+    """Floating-point operations and float32 bytes that a layer with these policies cannot do without.
+
+    A multiply-add is two operations. The live input planes and the weights are read once and every output plane
+    is written once, zeros included.
+    """
+    operations = 2.0 * shape.macs_per_channel * shape.out_channels * batch
+    live = float((in_policy != SKIP).double().mean()) if in_policy is not None else 1.0
+    if shape.groups > 1:
+        live = work_ratio(shape, policy, in_policy, frames)
+    planes_in = live * batch * shape.in_channels * shape.size**2
+    planes_out = batch * shape.out_channels * shape.out_size**2
+    weights = shape.out_channels * shape.in_channels // shape.groups * shape.kernel**2
+    return operations * work_ratio(shape, policy, in_policy, frames), 4.0 * (planes_in + planes_out + weights)
 
 
 def work_ratio(

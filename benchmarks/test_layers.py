@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 import adakernels as ak
-from benchmarks.cases import LayerCase
+from benchmarks.cases import LayerCase, floor
 from benchmarks.layers import Layer
 from benchmarks.measure import FORMATS, compare
 
 
-def describe(case: LayerCase) -> dict[str, Any]:
+def describe(case: LayerCase, layer: Layer) -> dict[str, Any]:
+    """What identifies a layer record, and the operations and bytes it cannot do without."""
+    operations, moved = floor(case.shape, layer.policy, layer.in_policy, layer.frames, case.batch)
     return {
         "family": case.family,
         "case": case.name,
@@ -22,6 +24,8 @@ def describe(case: LayerCase) -> dict[str, Any]:
         "batch": case.batch,
         "updated": case.updated,
         "skipped": case.skipped,
+        "operations": operations,
+        "bytes": moved,
     }
 
 
@@ -39,7 +43,7 @@ def test_layer(benchmark: Any, layer_case: LayerCase, budget: float) -> None:
             budget=budget,
         )
     benchmark.group = layer_case.family
-    benchmark.extra_info.update(describe(layer_case), **record)
+    benchmark.extra_info.update(describe(layer_case, some), **record)
 
 
 def test_backward(benchmark: Any, backward_case: LayerCase, budget: float) -> None:
@@ -71,4 +75,4 @@ def test_backward(benchmark: Any, backward_case: LayerCase, budget: float) -> No
         tolerance=1e-3,
     )
     benchmark.group = backward_case.family
-    benchmark.extra_info.update(describe(backward_case), **record)
+    benchmark.extra_info.update(describe(backward_case, some), **record)

@@ -71,7 +71,7 @@ def test_peak_memory(benchmark: Any, memory_case: LayerCase, threads: int) -> No
     }
     benchmark.group = "memory"
     benchmark.extra_info.update(
-        describe(memory_case),
+        describe(memory_case, layers["contiguous"]),
         peak_bytes=peaks,
         output_bytes=expected.numel() * expected.element_size(),
         memory_ratio=max(peaks[f"ours {name}"] / peaks[f"dense {name}"] for name in FORMATS),
