@@ -74,7 +74,7 @@ class Progress:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            self.failures.append((report.nodeid, report.longreprtext))
+            self.failures.append((report.nodeid, _reason(report)))
         elif report.skipped:
             self.skipped.append((report.nodeid, str(report.longrepr[2])))
         if report.when == "teardown":
@@ -82,7 +82,7 @@ class Progress:
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.failures.append((report.nodeid, report.longreprtext))
+            self.failures.append((report.nodeid, _reason(report)))
 
     def pytest_sessionfinish(self) -> None:
         self.show("", last=True)
@@ -100,6 +100,13 @@ class Progress:
         elif share >= self.shown + 0.1 or (last and share > self.shown):
             self.shown = share
             print(f"{self.done}/{self.total}{left}", file=sys.stderr, flush=True)
+
+
+def _reason(report: Any) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = report.longreprtext if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}"
+    lines = text.splitlines()
+    return "\n".join([*lines[:8], "…"] if len(lines) > 8 else lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,6 +189,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
             f"--confcutdir={root / 'benchmarks'}",
             f"--threads={threads}",
             f"--benchmark-json={raw}",
+            "--benchmark-quiet",
             "--override-ini=addopts=",
             "-p",
             "no:cacheprovider",
@@ -199,7 +207,7 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
         measured = json.loads(raw.read_text()) if raw.exists() and raw.stat().st_size else None
 
     for name, text in progress.failures:
-        print(f"\n{name} failed, so it has no speed:\n{text}", file=sys.stderr)
+        print(f"\n{name} has no speed, it failed: {text}", file=sys.stderr)
     for name, reason in progress.skipped:
         print(f"{name} skipped: {reason}", file=sys.stderr)
     if measured is None or not measured["benchmarks"]:

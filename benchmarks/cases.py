@@ -47,7 +47,7 @@ class ConvShape:
     @property
     def name(self) -> str:
         channels = f"dw{self.out_channels}" if self.groups > 1 else f"{self.in_channels}to{self.out_channels}"
-        return f"{channels}k{self.kernel}@{self.size}" + (f"s{self.stride}" if self.stride > 1 else "")
+        return f"{channels}k{self.kernel}at{self.size}" + (f"s{self.stride}" if self.stride > 1 else "")
 
 
 @dataclass(frozen=True)

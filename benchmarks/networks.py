@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-import adakernels as ak
+from adakernels import models
+from adakernels.flops import count_flops
 from adakernels.models import AdaFuseResNet
+from adakernels.policies import ChannelPolicy
 from benchmarks.cases import CLIP, KEEP, REUSE, ModelCase
 
 REUSE_BIAS = -0.35
@@ -59,11 +61,11 @@ def prepare(case: ModelCase, clips: Tensor) -> tuple[AdaFuseResNet, float]:  # [
     """The gated model of `case` in evaluation mode, and the work it does on `clips` as a share of the dense work.
 
     Weights are random (seed 0); batch norm has the statistics of `clips`. The logits of the policy heads get unit
-    variance, and one bias shared by all KEEP logits is set by bisection so that `ak.count_flops` gives `case.work`.
+    variance, and one bias shared by all KEEP logits is set by bisection so that `count_flops` gives `case.work`.
     """
     torch.manual_seed(0)
-    model: AdaFuseResNet = getattr(ak.models, case.model)(frames=CLIP)
-    heads = [module for module in model.modules() if isinstance(module, ak.nn.ChannelPolicy)]
+    model: AdaFuseResNet = getattr(models, case.model)(frames=CLIP)
+    heads = [module for module in model.modules() if isinstance(module, ChannelPolicy)]
     for head in heads:
         nn.init.normal_(head.fc2.weight, std=(2 / head.fc2.in_features) ** 0.5)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -93,5 +95,5 @@ def _work_with_bias(model: AdaFuseResNet, heads: list[nn.Module], keep: float, c
         bias.zero_()
         bias[:, KEEP] = keep
         bias[:, REUSE] = REUSE_BIAS
-    flops = ak.count_flops(model, clips)
+    flops = count_flops(model, clips)
     return float(flops.actual.mean() / flops.dense)
