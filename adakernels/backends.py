@@ -1,0 +1,195 @@
+"""Which implementation runs an operator: the choice, how to force it, and why it fell as it did.
+
+Every operator has a reference in plain PyTorch and may have faster backends. Under `"auto"` the first of
+`"cuda"`, `"triton"`, `"cpu"` whose predicate accepts the call runs, else the reference. The choice rests on
+static facts only (shapes, dtypes, devices, arguments), never on what a tensor contains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from adakernels import _extension
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+
+logger = logging.getLogger("adakernels")
+
+
+def _check_name(source: str, name: str) -> str:
+    torch._check_value(name in NAMES, lambda: f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_requested = _check_name("ADAKERNELS_BACKEND", os.environ.get("ADAKERNELS_BACKEND", "auto"))
+
+
+def requested_backend() -> str:
+    """The backend that the innermost `use_backend`, or else `ADAKERNELS_BACKEND`, asks for."""
+    return _requested
+
+
+class use_backend:
+    """Context manager that fixes the backend of every operator called inside, in all threads.
+
+    Args:
+        name: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`. With a name other than `"auto"` and
+            `"reference"`, a call which that backend cannot run raises `ValueError` and says why.
+
+    Raises:
+        ValueError: for any other name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _check_name("use_backend", name)
+        self._outer: list[str] = []
+
+    def __enter__(self) -> use_backend:
+        global _requested
+        self._outer.append(_requested)
+        _requested = self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._outer.pop()
+
+
+class Predicate(Protocol):
+    """Whether one backend can run one call. Where not, raises or logs the reason, the same sentence."""
+
+    def __call__(self, *, raise_error: bool = False) -> bool: ...
+
+
+def refuse(op: str, backend: str, reason: str, raise_error: bool) -> bool:
+    """Report that `backend` cannot run a call of `op`: raise `ValueError` if asked to, else log it; False."""
+    sentence = f"{op}: backend '{backend}' cannot run this call: {reason}"
+    torch._check_value(not raise_error, lambda: sentence)
+    if not torch.compiler.is_compiling():
+        logger.debug(sentence)
+    return False
+
+
+def can_run_cpu(op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
+    """The part of every operator's CPU predicate that does not depend on the operator."""
+    if not _extension.has_cpu:
+        return refuse(
+            op, "cpu", f"the compiled extension is not available: {_extension.why_not}", raise_error
+        )
+    if device.type != "cpu":
+        return refuse(op, "cpu", f"the tensors are on '{device}'", raise_error)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return refuse(op, "cpu", f"it has float32 and bfloat16 kernels, not {dtype}", raise_error)
+    return True
+
+
+def can_run_triton(op: str, *, raise_error: bool = False) -> bool:
+    """No operator has a Triton kernel."""
+    return refuse(op, "triton", f"there is no Triton kernel for {op}", raise_error)
+
+
+def can_run_cuda(op: str, *, raise_error: bool = False) -> bool:
+    """No operator has a CUDA kernel."""
+    return refuse(op, "cuda", f"there is no CUDA kernel for {op}", raise_error)
+
+
+def choose(requested: str, predicates: Mapping[str, Predicate]) -> str:
+    """The backend for a call, given the one asked for and the predicates in order of preference."""
+    if requested == "reference":
+        return "reference"
+    if requested != "auto":
+        predicates[requested](raise_error=True)
+        return requested
+    for name, can_run in predicates.items():
+        if can_run():
+            return name
+    return "reference"
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend with the reason why it can't run anything here, `""` where it can."""
+    return {
+        "reference": "",
+        "cpu": "" if _extension.has_cpu else f"the compiled extension is not available: {_extension.why_not}",
+        "triton": "no operator has a Triton kernel",
+        "cuda": "no operator has a CUDA kernel",
+    }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `str()` of it is the answer in words.
+
+    Attributes:
+        op: name of the operator.
+        backend: the backend that would run, None where the one asked for can't.
+        reasons: for every other backend, why it would not run.
+    """
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        first = f"{self.op}: runs on '{self.backend}'" if self.backend else f"{self.op}: raises ValueError"
+        return "\n".join([first, *(f"  not {name}: {reason}" for name, reason in self.reasons.items())])
+
+
+_predicates: dict[Callable[..., Any], Callable[..., Mapping[str, Predicate]]] = {}
+
+
+def explains(
+    op: Callable[..., Any],
+) -> Callable[[Callable[..., Mapping[str, Predicate]]], Callable[..., Mapping[str, Predicate]]]:
+    """Decorator: the function takes the arguments of `op` and gives its predicates in order of preference."""
+
+    def register(function: Callable[..., Mapping[str, Predicate]]) -> Callable[..., Mapping[str, Predicate]]:
+        _predicates[op] = function
+        return function
+
+    return register
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend would run `op(*args, **kwargs)` and why each other would not, without running it.
+
+    Args:
+        op: an operator of this package, such as `adakernels.gated_conv2d`.
+        *args, **kwargs: its arguments; bad ones raise what the call itself would raise.
+
+    Raises:
+        ValueError: if `op` is not an operator of this package.
+    """
+    torch._check_value(op in _predicates, lambda: f"explain: expected an operator of adakernels, got {op!r}")
+    name = op.__name__
+    requested = requested_backend()
+    reasons: dict[str, str] = {}
+    chosen: str | None = None
+    for backend, can_run in _predicates[op](*args, **kwargs).items():
+        try:
+            can_run(raise_error=True)
+        except ValueError as error:
+            reasons[backend] = str(error).split(": ", 2)[2]
+            continue
+        if requested not in ("auto", backend):
+            reasons[backend] = f"backend '{requested}' is asked for"
+        elif chosen is not None:
+            reasons[backend] = f"'{chosen}' comes first"
+        else:
+            chosen = backend
+    if requested in ("auto", "reference") and chosen is None:
+        chosen = "reference"
+    else:
+        reasons["reference"] = (
+            f"'{chosen}' comes first" if requested == "auto" else f"backend '{requested}' is asked for"
+        )
+    return Explanation(name, chosen, reasons)

@@ -1,0 +1,18 @@
+"""The operators. Each has a file with its schema, reference, gradient, FLOP formula and public function."""
+
+from adakernels import _extension
+from adakernels.ops.gated_conv2d import gated_conv2d, gated_conv2d_flops, gated_conv2d_reference
+from adakernels.ops.policy import Policy, needed_channels
+from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
+
+__all__ = [
+    "Policy",
+    "gated_conv2d",
+    "gated_conv2d_flops",
+    "gated_conv2d_reference",
+    "needed_channels",
+    "temporal_fuse",
+    "temporal_fuse_reference",
+]
+
+_extension.load()

@@ -1,0 +1,119 @@
+"""Validation shared by the operators. It works on facts (shape, dtype, device), so results can be cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Facts: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def facts(op: str, name: str, tensor: Any) -> Facts:
+    """Shape, dtype and device of an argument, which must be a tensor."""
+    if not isinstance(tensor, Tensor):
+        torch._check_type(False, lambda: f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}")
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def optional_facts(op: str, name: str, tensor: Any) -> Facts | None:
+    """As `facts`, for an argument that may be None."""
+    return None if tensor is None else facts(op, name, tensor)
+
+
+def check_rank(op: str, name: str, shape: torch.Size, letters: str) -> None:
+    """`letters` names the dimensions, such as "N, C_in, H, W"."""
+    rank = letters.count(",") + 1
+    torch._check_value(
+        len(shape) == rank,
+        lambda: f"{op}: expected {name} of rank {rank} [{letters}], got shape {list(shape)}",
+    )
+
+
+def check_shape(op: str, name: str, shape: torch.Size, expected: Sequence[int], letters: str) -> None:
+    torch._check_value(
+        tuple(shape) == tuple(expected),
+        lambda: f"{op}: expected {name} of shape [{letters}] = {list(expected)}, got {list(shape)}",
+    )
+
+
+def check_float(op: str, name: str, dtype: torch.dtype) -> None:
+    torch._check_type(
+        dtype in FLOATS,
+        lambda: f"{op}: expected {name} of dtype float32, float64, float16 or bfloat16, got {_name(dtype)}",
+    )
+
+
+def check_integer(op: str, name: str, dtype: torch.dtype) -> None:
+    torch._check_type(
+        dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {_name(dtype)}"
+    )
+
+
+def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts, dtype: bool = True) -> None:
+    """Same device and, unless told otherwise, same dtype as another tensor."""
+    torch._check_value(
+        tensor[2] == other[2],
+        lambda: f"{op}: expected {name} on the device of {other_name}, '{other[2]}', got '{tensor[2]}'",
+    )
+    torch._check_type(
+        not dtype or tensor[1] == other[1],
+        lambda: (
+            f"{op}: expected {name} of the dtype of {other_name}, {_name(other[1])}, got {_name(tensor[1])}"
+        ),
+    )
+
+
+def check_frames(op: str, frames: Any, batch: int) -> None:
+    """`frames` is the clip length T: an int of at least 1 that divides the batch."""
+    torch._check_type(
+        isinstance(frames, int) and not isinstance(frames, bool),
+        lambda: f"{op}: expected frames to be an int, got {type(frames).__name__}",
+    )
+    torch._check_value(frames >= 1, lambda: f"{op}: expected frames of at least 1, got {frames}")
+    torch._check_value(
+        batch % frames == 0,
+        lambda: f"{op}: expected a batch of whole clips of frames = {frames}, got N = {batch}",
+    )
+
+
+def check_channel_policy(
+    op: str, name: str, policy: Facts, input: Facts, channels: int, letter: str, *, soft: bool
+) -> None:
+    """Integer [N, C] or, with `soft`, floating point [N, C, 3], on the input's device."""
+    batch = input[0][0]
+    if soft and policy[1].is_floating_point:
+        check_shape(op, f"float {name}", policy[0], (batch, channels, 3), f"N, {letter}, 3")
+    else:
+        check_integer(op, name, policy[1])
+        check_shape(op, name, policy[0], (batch, channels), f"N, {letter}")
+    check_same(op, name, policy, "input", input, dtype=False)
+
+
+def cached(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: remember the results of a pure function of facts and arguments, outside of compilation."""
+    remembered = lru_cache(maxsize=4096, typed=True)(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            try:
+                return remembered(*args, **kwargs)  # type: ignore[arg-type]
+            except TypeError:
+                # Lists and symbolic sizes are no keys; a bad argument fails again below.
+                pass
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,151 @@
+"""Validation and normal form of what every convolution takes, for any number of spatial dimensions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adakernels.ops import _checks
+from adakernels.ops._checks import Facts
+
+ACTIVATIONS = (None, "relu", "relu6", "silu")
+_SPATIAL = {2: ("H, W", "kh, kw"), 3: ("T, H, W", "kt, kh, kw")}
+
+
+class ConvArguments(NamedTuple):
+    """A convolution's arguments with every one of them spelled out.
+
+    Attributes:
+        stride, padding, dilation: one number per spatial dimension; padding is symmetric.
+        groups: number of channel groups.
+        pad: what `padding="same"` puts at one end only, as for `F.pad`; empty for none.
+        activation: index into `ACTIVATIONS`.
+        output: spatial size of the output.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pad: tuple[int, ...]
+    activation: int
+    output: tuple[int, ...]
+
+
+def conv_arguments(
+    op: str,
+    input: Facts,
+    weight: Facts,
+    bias: Facts | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+    rank: int,
+) -> ConvArguments:
+    """Check a convolution over `rank` spatial dimensions and bring its arguments to normal form.
+
+    Raises:
+        ValueError, TypeError: a sentence that names the operator, the argument, what it should be and what
+            it is.
+    """
+    image, kernel = _SPATIAL[rank]
+    _checks.check_float(op, "input", input[1])
+    _checks.check_rank(op, "input", input[0], f"N, C_in, {image}" if rank == 2 else f"B, C_in, {image}")
+    _checks.check_rank(op, "weight", weight[0], f"C_out, C_in/groups, {kernel}")
+    _checks.check_same(op, "weight", weight, "input", input)
+    torch._check_value(
+        all(size >= 1 for size in weight[0]),
+        lambda: f"{op}: expected weight without empty dimensions, got shape {list(weight[0])}",
+    )
+    groups = _integer(op, "groups", groups, 1)
+    channels, out_channels = input[0][1], weight[0][0]
+    torch._check_value(
+        channels % groups == 0 and out_channels % groups == 0,
+        lambda: f"{op}: expected groups to divide C_in = {channels} and C_out = {out_channels}, got {groups}",
+    )
+    torch._check_value(
+        weight[0][1] * groups == channels,
+        lambda: (
+            f"{op}: expected weight of shape [C_out, C_in/groups, {kernel}] with C_in/groups = "
+            f"{channels // groups}, got {list(weight[0])}"
+        ),
+    )
+    if bias is not None:
+        _checks.check_shape(op, "bias", bias[0], (out_channels,), "C_out")
+        _checks.check_same(op, "bias", bias, "input", input)
+    strides = _per_dimension(op, "stride", stride, rank, 1)
+    dilations = _per_dimension(op, "dilation", dilation, rank, 1)
+    reach = tuple(d * (k - 1) for d, k in zip(dilations, weight[0][2:], strict=True))
+    paddings, pad = _padding(op, padding, strides, reach, rank)
+    padded = tuple(size + 2 * p for size, p in zip(input[0][2:], paddings, strict=True))
+    if pad:
+        padded = tuple(size + extra for size, extra in zip(padded, reversed(pad[1::2]), strict=True))
+    torch._check_value(
+        all(size > r for size, r in zip(padded, reach, strict=True)),
+        lambda: (
+            f"{op}: expected a kernel no larger than the padded input, got a kernel reaching over "
+            f"{[r + 1 for r in reach]} and a padded input of {list(padded)}"
+        ),
+    )
+    torch._check_value(
+        activation is None or (isinstance(activation, str) and activation in ACTIVATIONS),
+        lambda: f"{op}: expected activation None, 'relu', 'relu6' or 'silu', got {activation!r}",
+    )
+    output = tuple((size - r - 1) // s + 1 for size, r, s in zip(padded, reach, strides, strict=True))
+    return ConvArguments(strides, paddings, dilations, groups, pad, ACTIVATIONS.index(activation), output)
+
+
+def activate(input: Tensor, activation: str | None) -> Tensor:
+    """Apply an activation by name."""
+    if activation == "relu":
+        return F.relu(input)
+    if activation == "relu6":
+        return F.relu6(input)
+    if activation == "silu":
+        return F.silu(input)
+    return input
+
+
+def _integer(op: str, name: str, value: Any, least: int) -> int:
+    torch._check_type(
+        isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool),
+        lambda: f"{op}: expected {name} to be an int, got {type(value).__name__}",
+    )
+    torch._check_value(value >= least, lambda: f"{op}: expected {name} of at least {least}, got {value}")
+    return value
+
+
+def _per_dimension(op: str, name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        return (_integer(op, name, value, least),) * rank
+    torch._check_value(
+        len(value) == rank,
+        lambda: f"{op}: expected {name} to be an int or {rank} of them, got {len(value)}",
+    )
+    return tuple(_integer(op, name, v, least) for v in value)
+
+
+def _padding(
+    op: str, padding: Any, stride: tuple[int, ...], reach: tuple[int, ...], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if not isinstance(padding, str):
+        return _per_dimension(op, "padding", padding, rank, 0), ()
+    torch._check_value(
+        padding in ("same", "valid"),
+        lambda: f"{op}: expected padding to be numbers, 'same' or 'valid', got {padding!r}",
+    )
+    if padding == "valid":
+        return (0,) * rank, ()
+    torch._check_value(
+        all(s == 1 for s in stride),
+        lambda: f"{op}: expected stride 1 with padding='same', got {list(stride)}",
+    )
+    if all(r % 2 == 0 for r in reach):
+        return tuple(r // 2 for r in reach), ()
+    # As torch does: the odd row or column goes to the far end.
+    return tuple(r // 2 for r in reach), tuple(x for r in reversed(reach) for x in (0, r % 2))

@@ -1,0 +1,33 @@
+"""The two memory formats of the kernels: contiguous and channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def memory_format(input: Tensor) -> torch.memory_format:
+    """Channels last where the tensor is that and not contiguous too, else contiguous."""
+    if not input.is_contiguous() and input.is_contiguous(memory_format=_CHANNELS_LAST[input.dim()]):
+        return _CHANNELS_LAST[input.dim()]
+    return torch.contiguous_format
+
+
+def dense(input: Tensor, like: Tensor | None = None) -> Tensor:
+    """The tensor itself if it is in the memory format of `like` (by default its own), else a copy that is."""
+    return input.contiguous(memory_format=memory_format(input if like is None else like))
+
+
+def empty_in_format(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised, with the dtype, the device and, where the rank is the same, the format of `like`."""
+    same_rank = len(shape) == like.dim()
+    return torch.empty(
+        shape,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=memory_format(like) if same_rank else torch.contiguous_format,
+    )

@@ -1,0 +1,5 @@
+"""The dispatcher namespace that the operators are declared in."""
+
+from torch.library import Library
+
+library = Library("adakernels", "DEF")

@@ -1,0 +1,425 @@
+"""gated_conv2d: a convolution over a clip that computes only the output channels somebody reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from adakernels import backends, flops
+from adakernels.ops import _checks
+from adakernels.ops._checks import Facts, facts, optional_facts
+from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments
+from adakernels.ops._layout import dense, empty_in_format
+from adakernels.ops._library import library
+from adakernels.ops.policy import Policy, checked_policy, is_soft, needed_channels
+from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
+
+library.define(
+    "gated_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? policy, Tensor? in_policy, int frames, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, int activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+library.define(
+    "gated_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? policy, "
+    "Tensor? in_policy, int frames, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+    "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def gated_conv2d_reference(
+    input: Tensor,  # [N, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    bias: Tensor | None = None,  # [C_out]
+    policy: Tensor | None = None,  # [N, C_out] | [N, C_out, 3]
+    *,
+    frames: int = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    in_policy: Tensor | None = None,  # [N, C_in]
+    activation: str | None = None,
+) -> Tensor:  # [N, C_out, H', W']
+    """`gated_conv2d` in plain PyTorch, without validation: everything is computed, then mixed by masks."""
+    if in_policy is not None:
+        input = torch.where(in_policy[..., None, None] == Policy.SKIP.value, 0, input)
+    output = activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation)
+    return output if policy is None else temporal_fuse_reference(output, policy, frames=frames)
+
+
+@torch.library.register_fake("adakernels::gated_conv2d", lib=library)
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    in_policy: Tensor | None,
+    frames: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+) -> Tensor:
+    size = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    return empty_in_format(input, (input.shape[0], weight.shape[0], *size))
+
+
+@torch.library.register_fake("adakernels::gated_conv2d_backward", lib=library)
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    policy: Tensor | None,
+    in_policy: Tensor | None,
+    frames: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    grad_input: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_in_format(input, input.shape if grad_input else (0,)),
+        weight.new_empty(weight.shape if grad_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if grad_bias else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, activation = inputs
+    ctx.activation = ACTIVATIONS[activation]
+    saved = output if ctx.activation in ("relu", "relu6") else None
+    ctx.save_for_backward(input, weight, bias, policy, in_policy, saved)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    # Activations map 0 to 0, so activating before the mixing is the same as activating the mixed features.
+    input, weight, bias, policy, in_policy, output = ctx.saved_tensors
+    if ctx.activation == "relu":
+        grad_output = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    elif ctx.activation == "relu6":
+        grad_output = torch.ops.aten.hardtanh_backward(grad_output, output, 0, 6)
+    elif ctx.activation == "silu":
+        linear = torch.ops.adakernels.gated_conv2d.default(
+            input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, ACTIVATIONS.index(None)
+        )
+        grad_output = torch.ops.aten.silu_backward(grad_output, linear)
+    wanted = ctx.needs_input_grad[:3]
+    grads = torch.ops.adakernels.gated_conv2d_backward.default(
+        dense(grad_output, like=input), input, weight, policy, in_policy, ctx.frames, *ctx.conv, *wanted
+    )
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 8
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("gated_conv2d: no second derivative; adakernels.use_backend('reference') has it")
+
+
+torch.library.register_autograd(
+    "adakernels::gated_conv2d", _backward, setup_context=_setup_context, lib=library
+)
+torch.library.register_autograd("adakernels::gated_conv2d_backward", _refuse_double_backward, lib=library)
+
+
+@register_flop_formula(torch.ops.adakernels.gated_conv2d)
+def _dense_flops(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    return conv_flop_count([*input_shape], [*weight_shape], [*out_shape])
+
+
+@register_flop_formula(torch.ops.adakernels.gated_conv2d_backward)
+def _dense_backward_flops(
+    grad_shape: Sequence[int], input_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    grad_input, grad_weight = args[-3:-1]
+    return (grad_input + grad_weight) * conv_flop_count([*input_shape], args[0], [*grad_shape])
+
+
+def gated_conv2d_flops(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    policy: Tensor | None = None,  # [N, C_out] | [N, C_out, 3]
+    *,
+    frames: int = 1,
+    output_size: Sequence[int],
+    groups: int = 1,
+    in_policy: Tensor | None = None,  # [N, C_in]
+) -> tuple[float, Tensor]:  # [N]
+    """Multiply-adds of one frame computed densely, and those of every frame under its policies.
+
+    A frame costs H' W' kh kw times the pairs of an output channel that is kept at t or reused at t+1
+    (AdaFuse, Eq. 5) and an input channel of its group that is not marked SKIP. With a float policy the count is differentiable.
+
+    Args:
+        input_shape: [N, C_in, H, W].
+        weight_shape: [C_out, C_in/groups, kh, kw].
+        policy: as in `gated_conv2d`.
+        frames: clip length.
+        output_size: (H', W').
+        groups: number of channel groups.
+        in_policy: as in `gated_conv2d`.
+
+    Returns:
+        The dense count of a frame, and a float64 [N] tensor of the counts that remain.
+    """
+    batch, channels = input_shape[:2]
+    out_channels = weight_shape[0]
+    taps = math.prod(weight_shape[2:]) * math.prod(output_size)
+    device = policy.device if policy is not None else in_policy.device if in_policy is not None else None
+    needed = torch.full((batch, groups), out_channels / groups, dtype=torch.float64, device=device)
+    live = torch.full((batch, groups), channels / groups, dtype=torch.float64, device=device)
+    if policy is not None:
+        needed = needed_channels(policy, frames).double().unflatten(1, (groups, -1)).sum(-1)
+    if in_policy is not None:
+        live = (in_policy != Policy.SKIP.value).double().unflatten(1, (groups, -1)).sum(-1)
+    return float(out_channels * (channels // groups) * taps), (needed * live).sum(1) * taps
+
+
+def can_run_cpu(input: Facts, weight: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the C++ kernels can run a call on such tensors."""
+    if not backends.can_run_cpu("gated_conv2d", input[2], input[1], raise_error=raise_error):
+        return False
+    if groups not in (1, input[0][1]):
+        reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
+        return backends.refuse("gated_conv2d", "cpu", reason, raise_error)
+    return True
+
+
+def _predicates(input: Facts, weight: Facts, groups: int) -> Mapping[str, backends.Predicate]:
+    return {
+        "cuda": partial(backends.can_run_cuda, "gated_conv2d"),
+        "triton": partial(backends.can_run_triton, "gated_conv2d"),
+        "cpu": partial(can_run_cpu, input, weight, groups),
+    }
+
+
+def _check(
+    input: Facts,
+    weight: Facts,
+    bias: Facts | None,
+    policy: Facts | None,
+    in_policy: Facts | None,
+    frames: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+) -> ConvArguments:
+    op = "gated_conv2d"
+    conv = conv_arguments(op, input, weight, bias, stride, padding, dilation, groups, activation, rank=2)
+    _checks.check_frames(op, frames, input[0][0])
+    if policy is not None:
+        _checks.check_channel_policy(op, "policy", policy, input, weight[0][0], "C_out", soft=True)
+    if in_policy is not None:
+        _checks.check_channel_policy(op, "in_policy", in_policy, input, input[0][1], "C_in", soft=False)
+    return conv
+
+
+class _Plan(NamedTuple):
+    backend: str
+    conv: ConvArguments
+
+
+@_checks.cached
+def _plan(requested: str, input: Facts, weight: Facts, *rest: Any) -> _Plan:
+    """Validate a call and choose its backend."""
+    conv = _check(input, weight, *rest)
+    return _Plan(backends.choose(requested, _predicates(input, weight, conv.groups)), conv)
+
+
+def gated_conv2d(
+    input: Tensor,  # [N, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    bias: Tensor | None = None,  # [C_out]
+    policy: Tensor | None = None,  # [N, C_out] | [N, C_out, 3]
+    *,
+    frames: int = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    in_policy: Tensor | None = None,  # [N, C_in]
+    activation: str | None = None,
+) -> Tensor:  # [N, C_out, H', W']
+    """2D convolution over clips whose output channels are kept, reused from the previous frame or skipped.
+
+    With y = activation(conv2d(input, weight) + bias), channel c of frame t of a clip is y_t where `policy` is
+    KEEP, y_{t-1} where it is REUSE (zero in the first frame) and 0 where it is SKIP. Only the channels
+    of frame t that are kept at t or reused at t+1 are computed, forward and backward.
+    Source: AdaFuse (Meng et al., ICLR 2021), Eq. 2 and 5.
+
+    Args:
+        input: [N, C_in, H, W], contiguous or channels last; N = clips * frames with frame t of clip b in row
+            b * frames + t.
+        weight: [C_out, C_in/groups, kh, kw], of the input's dtype.
+        bias: [C_out] or None.
+        policy: None for a plain convolution; integer [N, C_out] of `Policy` values, through which no gradient
+            flows; or floating point [N, C_out, 3] weights in the order keep, reuse, skip (one-hot or soft),
+            which get gradients, are converted to the input's dtype and make the computation dense.
+        frames: clip length T.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        in_policy: integer [N, C_in]; input channels marked SKIP count as zeros, are not read and get zero
+            gradient.
+        activation: None, "relu", "relu6" or "silu".
+
+    Returns:
+        [N, C_out, H', W'] in the input's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or a policy value
+            outside 0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
+    """
+    tensors = (
+        facts("gated_conv2d", "input", input),
+        facts("gated_conv2d", "weight", weight),
+        optional_facts("gated_conv2d", "bias", bias),
+        optional_facts("gated_conv2d", "policy", policy),
+        optional_facts("gated_conv2d", "in_policy", in_policy),
+    )
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        input, weight = _autocast(input), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
+        with torch.autocast(device, enabled=False):
+            return gated_conv2d(
+                input,
+                weight,
+                bias,
+                policy,
+                frames=frames,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                in_policy=in_policy,
+                activation=activation,
+            )
+    backend, conv = _plan(
+        backends.requested_backend(),
+        *tensors,
+        frames,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+    )
+    if flops.counting and not torch.compiler.is_compiling():
+        flops.record(
+            "gated_conv2d",
+            *gated_conv2d_flops(
+                input.shape,
+                weight.shape,
+                policy,
+                frames=frames,
+                output_size=conv.output,
+                groups=groups,
+                in_policy=in_policy,
+            ),
+        )
+    if conv.pad:
+        input = F.pad(input, conv.pad)
+    return _run(backend, conv, input, weight, bias, policy, in_policy, frames)
+
+
+def _run(
+    backend: str,
+    conv: ConvArguments,
+    input: Tensor,  # [N, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    policy: Tensor | None,  # [N, C_out] | [N, C_out, 3]
+    in_policy: Tensor | None,  # [N, C_in]
+    frames: int,
+) -> Tensor:  # [N, C_out, H', W']
+    if policy is None and in_policy is None:
+        return activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
+    if policy is not None and is_soft(policy):
+        output = _run(backend, conv, input, weight, bias, None, in_policy, frames)
+        return temporal_fuse(output, policy, frames=frames)
+    if backend == "reference":
+        output = gated_conv2d_reference(
+            input,
+            weight,
+            bias,
+            None if policy is None else checked_policy(policy, "gated_conv2d", "policy"),
+            frames=frames,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            in_policy=None if in_policy is None else checked_policy(in_policy, "gated_conv2d", "in_policy"),
+            activation=ACTIVATIONS[conv.activation],
+        )
+        return dense(output, like=input)
+    return torch.ops.adakernels.gated_conv2d.default(
+        dense(input),
+        weight,
+        bias,
+        None if policy is None else policy.to(torch.int64).contiguous(),
+        None if in_policy is None else in_policy.to(torch.int64).contiguous(),
+        frames,
+        *conv[:4],
+        conv.activation,
+    )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    # What torch does for its own convolutions.
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+@backends.explains(gated_conv2d)
+def _explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    policy: Tensor | None = None,
+    *,
+    frames: int = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    in_policy: Tensor | None = None,
+    activation: str | None = None,
+) -> Mapping[str, backends.Predicate]:
+    op = "gated_conv2d"
+    input_facts, weight_facts = facts(op, "input", input), facts(op, "weight", weight)
+    others = optional_facts(op, "bias", bias), optional_facts(op, "policy", policy)
+    in_policy_facts = optional_facts(op, "in_policy", in_policy)
+    _check(
+        input_facts,
+        weight_facts,
+        *others,
+        in_policy_facts,
+        frames,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+    )
+    return _predicates(input_facts, weight_facts, groups)

@@ -1,0 +1,98 @@
+"""What a channel policy is, and which channels it makes necessary."""
+
+from __future__ import annotations
+
+import os
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from adakernels.ops._library import library
+
+
+class Policy(IntEnum):
+    """What becomes of one output channel of one frame (AdaFuse, Eq. 2; its order).
+
+    KEEP: it is computed. REUSE: it is the previous frame's computed channel, zero in a clip's first frame.
+    SKIP: it is zero.
+    """
+
+    KEEP = 0
+    REUSE = 1
+    SKIP = 2
+
+
+def is_soft(policy: Tensor) -> bool:
+    """Whether a policy is given as weights [N, C, 3] and not as values [N, C]."""
+    return policy.dtype.is_floating_point
+
+
+def needed_channels(
+    policy: Tensor,  # [N, C] | [N, C, 3]
+    frames: int,
+) -> Tensor:  # [N, C]
+    """The channels U_t of frame t that are kept at t or reused at t+1, so that somebody reads them.
+
+    AdaFuse, Eq. 5; the last frame of a clip has no t+1. Boolean for an integer policy; for a float policy the weight of the
+    union, 1 - (1 - keep_t)(1 - reuse_{t+1}), which is differentiable and exact where the policy is one-hot.
+    """
+    if is_soft(policy):
+        keep, reuse = policy[..., 0], policy[..., 1]
+        return 1 - (1 - keep) * (1 - next_frame(reuse, frames))
+    return (policy == Policy.KEEP.value) | next_frame(policy == Policy.REUSE.value, frames)
+
+
+def previous_frame(
+    input: Tensor,  # [N, ...]
+    frames: int,
+) -> Tensor:  # [N, ...]
+    """Row t holds row t-1 of the same clip; zeros in the first frame."""
+    clips = input.unflatten(0, (input.shape[0] // frames, frames))
+    return torch.cat([torch.zeros_like(clips[:, :1]), clips[:, :-1]], dim=1).flatten(0, 1)
+
+
+def next_frame(
+    input: Tensor,  # [N, ...]
+    frames: int,
+) -> Tensor:  # [N, ...]
+    """Row t holds row t+1 of the same clip; zeros in the last frame."""
+    clips = input.unflatten(0, (input.shape[0] // frames, frames))
+    return torch.cat([clips[:, 1:], torch.zeros_like(clips[:, :1])], dim=1).flatten(0, 1)
+
+
+# An operator of its own, so that the check also runs inside a compiled graph.
+library.define("checked_policy(Tensor policy, str op, str name) -> Tensor")
+
+
+@torch.library.impl(library, "checked_policy", "CompositeExplicitAutograd")
+def _checked_policy(
+    policy: Tensor,  # [N, C]
+    op: str,
+    name: str,
+) -> Tensor:  # [N, C]
+    readable = policy.device.type == "cpu" or os.environ.get("ADAKERNELS_DEBUG") == "1"
+    if readable and policy.numel() > 0:
+        least, most = (int(value) for value in policy.aminmax())
+        torch._check_value(
+            least >= 0 and most <= 2,
+            lambda: (
+                f"{op}: expected {name} values 0 (KEEP), 1 (REUSE) or 2 (SKIP), "
+                f"got {least if least < 0 else most}"
+            ),
+        )
+    return policy.to(torch.int64, copy=True)
+
+
+@torch.library.register_fake("adakernels::checked_policy", lib=library)
+def _checked_policy_fake(policy: Tensor, op: str, name: str) -> Tensor:
+    return torch.empty_like(policy, dtype=torch.int64)
+
+
+def checked_policy(
+    policy: Tensor,  # [N, C]
+    op: str,
+    name: str,
+) -> Tensor:  # [N, C]
+    """The policy as int64, its values checked on the CPU always and elsewhere with `ADAKERNELS_DEBUG=1`."""
+    return torch.ops.adakernels.checked_policy.default(policy, op, name)
