@@ -1,0 +1,67 @@
+# make test | bench | build | lint | typecheck | clean, each from nothing: the virtual environment, its packages and
+# the native code are made when missing or out of date. PYTHON= chooses the interpreter that .venv is made with, and
+# a torch which that one has is used; ARGS= is passed on, as in `make bench ARGS=--quick`.
+
+PYTHON ?= python3
+ARGS ?=
+TORCH := torch==2.13.0
+BUILD_REQUIRES := "setuptools>=77.0.3" "cmake>=3.22" ninja "pybind11>=2.13"
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+
+.PHONY: build test bench lint typecheck clean
+
+test: build
+	$(RUN) -m pytest $(ARGS)
+
+bench: build
+	$(RUN) -m adakernels bench $(ARGS)
+
+lint: build
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+typecheck: build
+	$(RUN) -m mypy
+
+build: $(VENV)/installed build/native
+
+clean:
+	rm -rf build dist *.egg-info adakernels/*.so adakernels/_why_not_native.txt
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find adakernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(VENV)/made-with),)
+ifneq ($(shell cat $(VENV)/made-with),$(PYTHON))
+$(error $(VENV) was made with $(shell cat $(VENV)/made-with); remove it to use $(PYTHON))
+endif
+endif
+endif
+
+# An interpreter inside a virtual environment cannot lend its packages by --system-site-packages; a .pth file lends
+# those of any interpreter.
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "adakernels needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo 'using the torch of $(PYTHON)'; \
+	  $(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	    > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"; \
+	fi
+	@echo '$(PYTHON)' > $(VENV)/made-with
+
+$(VENV)/tools: $(VENV)/pyvenv.cfg Makefile
+	@$(RUN) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	$(PIP) install --quiet $(BUILD_REQUIRES)
+	@touch $@
+
+build/native: $(VENV)/tools setup.py CMakeLists.txt $(shell find csrc)
+	$(RUN) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/installed: build/native pyproject.toml
+	$(PIP) install --quiet --no-build-isolation --editable '.[lint,test]'
+	@touch $@
