@@ -1,0 +1,40 @@
+// The functions that exist once per instruction set, and the table through which they are called.
+#pragma once
+
+#include "../domain.h"
+
+namespace adakernels {
+
+// Memory of one thread, kept between tasks so that no task allocates.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+  // At least `bytes` bytes at a 64-byte boundary; what they held before is lost.
+  void* reserve(int64_t bytes);
+
+ private:
+  void* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+struct Kernels {
+  // Rows that one register tile takes, and the pixels it spans.
+  int row_block, pixel_block;
+  // Computes one tile of one unit and stores it.
+  void (*convolve)(const Convolution&, const Unit&, const Tile&, Scratch&);
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace adakernels
