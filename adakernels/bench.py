@@ -1,4 +1,4 @@
-"""``python -m adakernels bench``: run the benchmark suites of a source checkout and report what they measured."""
+"""`python -m adakernels bench`: runs the benchmark suites of a source checkout and reports what they measured."""
 
 from __future__ import annotations
 
@@ -115,14 +115,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure the package against dense and masked PyTorch on this machine.",
     )
     parser.add_argument("--quick", action="store_true", help="a small part of every suite, about a minute")
-    parser.add_argument("-k", "--filter", metavar="EXPRESSION", help="only the cases that match, as pytest's -k")
+    parser.add_argument(
+        "-k", "--filter", metavar="EXPRESSION", help="only the cases that match, as pytest's -k"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what PyTorch takes)")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for results.json and results.png (default: benchmarks/results/<device>; build/bench/<device> "
-        "when only a part is run)",
+        help="folder for results.json and results.png (default: benchmarks/results/<device>, or "
+        "build/bench/<device> when only a part is run)",
     )
     parser.add_argument(
         "--readme",
@@ -134,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (default: those of the process) and return its exit status."""
+    """Run the command with the arguments `argv` (default: the process's) and return its exit status."""
     arguments = build_parser().parse_args(argv)
     try:
         root = checkout()
@@ -213,7 +215,11 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
     if measured is None or not measured["benchmarks"]:
         raise BenchError("nothing was measured" if status != 5 else "no case matches the filter")
 
-    settings = {"quick": arguments.quick, "filter": arguments.filter, "failed": [name for name, _ in progress.failures]}
+    settings = {
+        "quick": arguments.quick,
+        "filter": arguments.filter,
+        "failed": [name for name, _ in progress.failures],
+    }
     results = report.collect(measured, machine, settings)
     file, picture = report.save(results, folder)
     print(f"\n{report.describe(results)}\n\n{report.render_text(report.summarise(results['records']))}\n")

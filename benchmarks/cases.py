@@ -21,7 +21,7 @@ BATCHES = (8, 32)
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A square convolution: channels, input height (= width) in pixels, kernel, stride, and its activation."""
+    """A square convolution: channels, input height (= width) in pixels, kernel, stride and activation."""
 
     in_channels: int
     out_channels: int
@@ -29,7 +29,7 @@ class ConvShape:
     kernel: int = 3
     stride: int = 1
     groups: int = 1
-    activation: str = "relu"
+    activation: str | None = "relu"
 
     @property
     def padding(self) -> int:
@@ -52,7 +52,7 @@ class ConvShape:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One layer at one batch size: `updated` is u = |U_t| / C_out, `skipped` the share of `in_policy` SKIPs."""
+    """One layer at one batch size: `updated` is u = |U_t| / C_out, `skipped` the share of SKIP in `in_policy`."""
 
     family: str
     shape: ConvShape
@@ -74,7 +74,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A gated model against its plain backbone; `work` is the share of the dense multiply-adds it should do."""
+    """A gated model against its plain backbone; `work` is the share of the dense multiply-adds it is to do."""
 
     model: str
     backbone: str
@@ -94,8 +94,8 @@ class Target:
     """A row of the result table: which records it gathers, which of their numbers it judges, and the goals.
 
     `metric` is a record's key; `worst` bounds every case and `mean` the geometric mean, in the direction that
-    `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means the row
-    is shown but not judged on that. `updated` and `case` narrow the family down.
+    `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means that
+    the row is shown but not judged on that. `updated` and `case` narrow the family down.
     """
 
     label: str
@@ -205,11 +205,17 @@ LAYERS = (
 )
 BACKWARD = [
     LayerCase("gated_backward", shape, BATCHES[0], updated=0.5)
-    for shape in (RESNET18_CONV1[0], RESNET18_CONV1[2], RESNET18_CONV1[4], RESNET18_CONV1[6], RESNET50_CONV1[3])
+    for shape in (
+        RESNET18_CONV1[0],
+        RESNET18_CONV1[2],
+        RESNET18_CONV1[4],
+        RESNET18_CONV1[6],
+        RESNET50_CONV1[3],
+    )
 ]
 MODELS = [
     ModelCase("adafuse_resnet18", "resnet18", work=0.70, quick=True),
-    ModelCase("adafuse_resnet50", "resnet50", work=0.67, quick=True),
+    ModelCase("adafuse_resnet50", "resnet50", work=0.67),
     ModelCase("adafuse_resnet18", "resnet18", work=0.70, clips=4),
     ModelCase("adafuse_resnet50", "resnet50", work=0.67, clips=4),
 ]
@@ -220,15 +226,15 @@ MEMORY = [
     LayerCase("memory", RESNET50_CONV2[2], BATCHES[1], skipped=0.5),
     LayerCase("memory", EFFICIENTNET_B0_DEPTHWISE[1], BATCHES[1], updated=0.5),
 ]
-TINY = LayerCase("overhead", ConvShape(4, 4, 4), batch=2, updated=0.5, quick=True)
+TINY = LayerCase("overhead", ConvShape(4, 4, 4, activation=None), batch=2, updated=0.5, quick=True)
 
 BELOW_ONE = tuple(u for u in UPDATED if u < 1)
 TARGETS = [
-    Target("gated conv 3×3, u < 1", "gated_3x3", mean=0.90, worst=0.80, aim=1.0, updated=BELOW_ONE),
-    Target("gated conv 3×3, u = 1", "gated_3x3", "time_ratio", worst=1.05, aim=1.0, updated=(1.0,)),
-    Target("gated conv 1×1, u < 1", "gated_1x1", mean=0.80, worst=0.70, aim=0.95, updated=BELOW_ONE),
-    Target("gated conv 1×1, u = 1", "gated_1x1", "time_ratio", updated=(1.0,)),
-    Target("gated input 3×3", "gated_input", mean=0.80, aim=0.95),
+    Target("gated conv 3x3, u < 1", "gated_3x3", mean=0.90, worst=0.80, aim=1.0, updated=BELOW_ONE),
+    Target("gated conv 3x3, u = 1", "gated_3x3", "time_ratio", worst=1.05, aim=1.0, updated=(1.0,)),
+    Target("gated conv 1x1, u < 1", "gated_1x1", mean=0.80, worst=0.70, aim=0.95, updated=BELOW_ONE),
+    Target("gated conv 1x1, u = 1", "gated_1x1", "time_ratio", updated=(1.0,)),
+    Target("gated input 3x3", "gated_input", mean=0.80, aim=0.95),
     Target("gated depthwise", "gated_depthwise", mean=0.80, aim=0.95),
     Target("gated conv, forward + backward", "gated_backward"),
     Target("AdaFuse ResNet-18, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, case=MODELS[0].name),
@@ -243,7 +249,7 @@ TARGETS = [
 def keep_probability(updated: float, frames: int) -> float:
     """P(KEEP) for which |U_t| averages `updated` · C over a clip of `frames`, with P(REUSE) = 0.16 · P(KEEP).
 
-    U_t = keep_t ∪ reuse_{t+1} (AdaFuse, Eq. 5), and the last frame of a clip has no successor, so the mean is
+    A channel is in U_t if it is kept at t or reused at t+1 (AdaFuse, Eq. 5), and the last frame of a clip has no successor, so the mean is
     k + 0.16 · k · (1 - k) · (frames - 1) / frames, solved for k here.
     """
     reused = REUSED_PER_KEPT * (frames - 1) / frames
@@ -278,7 +284,7 @@ def updated_mask(
     policy: Tensor,  # [N, C]
     frames: int,
 ) -> Tensor:  # [N, C]
-    """U_t = keep_t ∪ reuse_{t+1} as a bool mask; clips are rows of `frames`."""
+    """The channels U_t that are kept at t or reused at t+1 as a bool mask; clips are rows of `frames`."""
     clips = policy.unflatten(0, (-1, frames))
     updated = clips == KEEP
     updated[:, :-1] |= clips[:, 1:] == REUSE

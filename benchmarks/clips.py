@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def load_clips(clips: int, frames: int) -> Tensor:  # [clips * frames, 3, 224, 224]
-    """Float32 clips, one per photograph, normalised as for ImageNet; frame t of clip b is row b · frames + t.
+    """Float32 clips, one per photograph, normalised as for ImageNet; frame t of clip b is row b * frames + t.
 
     The shorter side of each photograph is scaled to 256 pixels and the crop moves by (3, 5) pixels per frame.
     Raises ValueError when more clips are asked for than there are photographs and ImportError when scikit-image

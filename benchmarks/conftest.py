@@ -28,9 +28,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def budget(request: pytest.FixtureRequest) -> float:
-    """Seconds that the timed rounds of one case may take."""
-    return 0.0 if request.config.getoption("--quick") else 1.0
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether to take as few rounds and variants as the protocol allows."""
+    return bool(request.config.getoption("--quick"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +16,17 @@ from benchmarks.measure import FORMATS
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "silu": lambda y: F.silu(y, inplace=True),
-    "none": lambda y: y,
 }
 
 
 class Layer:
-    """Random inputs, weights and policies of a case in one memory format, the same for every form and format.
+    """A layer with random inputs, weights and policies, contiguous.
 
     Channels that `in_policy` skips hold exact zeros, as the gated layer before would have left them.
     """
 
-    def __init__(self, case: LayerCase, memory_format: str = "contiguous", activation: str | None = None) -> None:
+    def __init__(self, case: LayerCase) -> None:
         self.shape = shape = case.shape
-        self.activation = shape.activation if activation is None else activation
         self.frames = min(CLIP, case.batch)
         random = torch.Generator().manual_seed(case.seed)
         fan_in = shape.kernel**2 * shape.in_channels // shape.groups
@@ -41,8 +40,13 @@ class Layer:
         if case.skipped is not None:
             self.in_policy = draw_in_policy(case.skipped, case.batch, shape.in_channels, case.seed)
             self.input *= (self.in_policy != SKIP)[..., None, None]
-        self.input = self.input.contiguous(memory_format=FORMATS[memory_format])
-        self.weight = self.weight.contiguous(memory_format=FORMATS[memory_format])
+
+    def in_format(self, name: str) -> Layer:
+        """The same layer in the memory format of that name."""
+        other = copy(self)
+        other.input = self.input.contiguous(memory_format=FORMATS[name])
+        other.weight = self.weight.contiguous(memory_format=FORMATS[name])
+        return other
 
     @property
     def work(self) -> float:
@@ -52,7 +56,7 @@ class Layer:
     def _conv(self, input: Tensor) -> Tensor:
         shape = self.shape
         output = F.conv2d(input, self.weight, self.bias, shape.stride, shape.padding, groups=shape.groups)
-        return ACTIVATIONS[self.activation](output)
+        return output if shape.activation is None else ACTIVATIONS[shape.activation](output)
 
     def dense(self) -> Tensor:
         """The plain layer: convolution with bias, then the activation in place."""
@@ -60,7 +64,9 @@ class Layer:
 
     def masked(self) -> Tensor:
         """The same math as ours by dense convolution and multiplication with masks."""
-        input = self.input if self.in_policy is None else self.input * (self.in_policy != SKIP)[..., None, None]
+        input = (
+            self.input if self.in_policy is None else self.input * (self.in_policy != SKIP)[..., None, None]
+        )
         output = self._conv(input)
         if self.policy is None:
             return output
@@ -82,7 +88,7 @@ class Layer:
             padding=shape.padding,
             groups=shape.groups,
             in_policy=self.in_policy,
-            activation=None if self.activation == "none" else self.activation,
+            activation=shape.activation,
         )
 
     def reference(self) -> Tensor:

@@ -13,12 +13,16 @@ from torch import Tensor
 
 MIN_ROUNDS = 15
 MAX_ROUNDS = 60
+WARM_UP = 3
+CONTENDER = 1.25
+BUDGET = 0.5
+GROUPS = ("dense", "masked", "ours")
 Result = Tensor | Sequence[Tensor]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """20th, 50th and 80th percentile of `samples` and how many there are (nearest rank; the median interpolates)."""
+    """20th, 50th and 80th percentile of `samples` (nearest rank, true median), and how many there are."""
     ordered = sorted(samples)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
@@ -31,7 +35,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def efficiency(dense: float, ours: float, work: float) -> float:
-    """η = (t_dense / t_ours) · (work_ours / work_dense): the share of the saved work that became saved time."""
+    """η = (t_dense / t_ours) * (work_ours / work_dense): the share of the saved work that became saved time."""
     return dense / ours * work
 
 
@@ -43,8 +47,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 class Race:
     """Takes turns: one timed sample of every runner per round, so that all see the same machine.
 
-    `runners` are callables without arguments. A sample is the time of `calls` calls in a row divided by `calls`;
-    calls is 1 unless `sample_time` (seconds) asks for longer samples of runners that are too short to time.
+    `runners` are callables without arguments. A sample is the time of `calls` calls in a row divided by
+    `calls`, which is 1 unless `sample_time` (seconds) asks for longer samples of runners too short to time.
     Every round starts with another runner, so none of them always finds the caches its neighbour left.
     """
 
@@ -70,14 +74,15 @@ class Race:
         return (self.timer() - start) / len(calls)
 
     def warm_up(self, laps: int = 2) -> dict[str, float]:
-        """Run every runner `laps` times, set the calls per sample and return each one's best time in seconds."""
+        """Run every runner `laps` times, set the calls per sample and return the best times in seconds."""
         best = dict.fromkeys(self.runners, math.inf)
         for _ in range(laps):
             for name in self.runners:
                 best[name] = min(best[name], self._sample(name))
         if self.sample_time:
             self.calls = {
-                name: max(1, math.ceil(self.sample_time / max(seconds, 1e-9))) for name, seconds in best.items()
+                name: max(1, math.ceil(self.sample_time / max(seconds, 1e-9)))
+                for name, seconds in best.items()
             }
         return best
 
@@ -114,7 +119,9 @@ class Race:
             return result
 
         with _no_garbage_collection():
-            result: Result = benchmark.pedantic(block, setup=lambda: self.lap(others), rounds=rounds, iterations=1)
+            result: Result = benchmark.pedantic(
+                block, setup=lambda: self.lap(others), rounds=rounds, iterations=1
+            )
         if benchmark.stats is None:
             self.lap([subject])
         else:
@@ -141,7 +148,7 @@ def rounds_for(lap_time: float, budget: float) -> int:
 
 
 def assert_matches(actual: Result, expected: Result, tolerance: float = 1e-4) -> None:
-    """Raise AssertionError unless max|actual - expected| ≤ tolerance · max|expected| for every tensor, NaN included."""
+    """Raise AssertionError unless max|actual - expected| ≤ tolerance * max|expected| for every tensor."""
     if not isinstance(actual, Tensor):
         for one, other in zip(actual, expected, strict=True):
             assert_matches(one, other, tolerance)
@@ -163,41 +170,49 @@ def compare(
     expected: Result,
     *,
     work: float,
-    budget: float,
+    quick: bool,
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
     """Race ours against the dense and the masked baseline and return the record of it.
 
-    Each of the three is a set of variants (memory formats); the fastest of a set stands for it. Every variant of
-    ours and of the masked baseline must match `expected` first, and so must the last result that was timed.
+    Each of the three is a set of variants (memory formats); the fastest of a set stands for it. Every variant
+    of ours and of the masked baseline must match `expected` first, and so must the last result timed.
 
     Args:
         benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
         work: work_ours / work_dense.
-        budget: seconds that the timed rounds may take (at least 15 rounds are run whatever they take).
+        quick: race only the variant of each set that was fastest in the warm-up, and for 15 rounds; otherwise
+            all that came within 25 % of it, for half a second or 15 rounds, whichever is longer.
     """
     for variants in (ours, masked):
         for runner in variants.values():
             assert_matches(runner(), expected, tolerance)
     runners = {
         f"{group} {name}": runner
-        for group, variants in (("dense", dense), ("masked", masked), ("ours", ours))
+        for group, variants in zip(GROUPS, (dense, masked, ours), strict=True)
         for name, runner in variants.items()
     }
     race = Race(runners)
-    warm = race.warm_up(3)
-    subject = min((name for name in warm if name.startswith("ours")), key=warm.__getitem__)
-    result = race.run_for(benchmark, subject, rounds_for(sum(warm.values()), budget))
+    warm = race.warm_up(WARM_UP)
+    for group in GROUPS:
+        fastest = min(warm[name] for name in runners if name.startswith(group))
+        for name in runners:
+            if name.startswith(group) and warm[name] > fastest * (1 if quick else CONTENDER):
+                race.drop(name)
+    subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
+    lap_time = sum(warm[name] for name in race.runners)
+    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET))
     assert_matches(result, expected, tolerance)
 
     times = race.times()
     best = {
         group: min((name for name in times if name.startswith(group)), key=lambda name: times[name]["p50"])
-        for group in ("dense", "masked", "ours")
+        for group in GROUPS
     }
     seconds = {group: times[name]["p50"] for group, name in best.items()}
     return {
         "times": times,
+        "warm_up": warm,
         "best": best,
         "work_ratio": work,
         "time_ratio": seconds["ours"] / seconds["dense"],

@@ -1,7 +1,7 @@
 """Peak memory of a call as the operating system sees it: PyTorch's tensors and native scratch alike.
 
-``python -m benchmarks.memory FORM FORMAT INDEX`` measures one form of one case of `cases.MEMORY` in a process of
-its own, so that nothing an earlier call left in the heap can hide what this one takes.
+`python -m benchmarks.memory FORM FORMAT INDEX THREADS` measures one form of one case of `cases.MEMORY` in a
+process of its own, so that nothing an earlier call left in the heap can hide what this one takes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def peak_in_fresh_process(form: str, memory_format: str, index: int, threads: in
 
 
 def main(form: str, memory_format: str, index: str, threads: str) -> None:
-    """Warm the code path up on a small input, then measure the full one: scratch that is kept counts as well."""
+    """Warm the code up on a small input, then measure the full one: scratch that is kept counts as well."""
     import torch
 
     from benchmarks.cases import MEMORY
@@ -73,10 +73,10 @@ def main(form: str, memory_format: str, index: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     case = MEMORY[int(index)]
     with torch.inference_mode():
-        small = Layer(replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2), memory_format)
+        small = Layer(replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2))
         for _ in range(3):
-            getattr(small, form)()
-        print(peak_of_call(getattr(Layer(case, memory_format), form)))
+            getattr(small.in_format(memory_format), form)()
+        print(peak_of_call(getattr(Layer(case).in_format(memory_format), form)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON to the result file, and from the result file to the table, the plot and the pages."""
+"""From pytest-benchmark's JSON to the result file, and from that to the table, the plot and the pages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from benchmarks.measure import geometric_mean
 SCHEMA = 1
 HEADER = ("family", "cases", "measured", "time ÷ dense", "time ÷ masked", "target", "")
 FAMILY_TITLES = {
-    "gated_3x3": "gated 3×3",
-    "gated_1x1": "gated 1×1",
+    "gated_3x3": "gated 3x3",
+    "gated_1x1": "gated 1x1",
     "gated_input": "gated input",
     "gated_depthwise": "depthwise",
     "gated_backward": "with backward",
@@ -52,7 +52,7 @@ def device_slug(device: str, threads: int) -> str:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Processor, threads and the peaks to count against: matrix product (GFLOP/s) and copy (GB/s), measured now."""
+    """Processor, threads, and the peaks measured now: matrix product (GFLOP/s) and copy (GB/s, read + write)."""
     import time
 
     import torch
@@ -83,7 +83,9 @@ def describe_machine(threads: int) -> dict[str, Any]:
     }
 
 
-def collect(raw: Mapping[str, Any], machine: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def collect(
+    raw: Mapping[str, Any], machine: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """The result file's contents from the JSON that pytest-benchmark wrote.
 
     `machine` comes from `describe_machine`; `settings` is kept as it is.
@@ -137,7 +139,7 @@ def _rounded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One judged line of the table; `verdict` is "hit", "hit, aim too", "miss" or empty when there is no target."""
+    """One line of the table; `verdict` is "hit", "hit, aim too", "miss", or empty when there is no target."""
 
     target: Target
     cases: int
@@ -165,7 +167,7 @@ class Row:
             return f"η {self.mean:.2f}" + (f" mean, {self.worst:.2f} min" if many else "")
         if metric == "overhead_us":
             return f"{self.worst:.1f} µs" + (" max" if many else "")
-        value = f"{self.worst:.2f}×" + (" max" if many else "")
+        value = f"{self.worst:.2f}x" + (" max" if many else "")
         return value if self.efficiency is None else f"{value} (η {self.efficiency:.2f})"
 
 
@@ -180,7 +182,7 @@ def goal(target: Target) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}×"
+    return "" if value is None else f"{value:.2f}x"
 
 
 def _mean_of(records: Sequence[Record], key: str) -> float | None:
@@ -229,7 +231,10 @@ def render_text(rows: Iterable[Row]) -> str:
     """The table for a terminal."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    texts = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     return "\n".join([texts[0], "-" * (sum(widths) + 2 * len(widths) - 2), *texts[1:]])
 
 
@@ -255,9 +260,9 @@ def describe(results: Results) -> str:
 
 
 def render_gap(results: Results, batch: int = 32, updated: float = 0.5, skipped: float = 0.5) -> str:
-    """What each layer must do, what it took, and how far that is from the machine's peaks, as a page's table.
+    """What each layer must do, what it took, and how far that is from the machine's peaks, for a page.
 
-    The floor is the longer of operations ÷ matrix-product rate and bytes ÷ copy rate, both measured on the machine.
+    The floor is the longer of operations ÷ matrix-product rate and bytes ÷ copy rate, both measured there.
     """
     flops_per_ms = results["machine"]["matmul_gflops"] * 1e6
     bytes_per_ms = results["machine"]["copy_gb_per_s"] * 1e6
@@ -279,11 +284,21 @@ def render_gap(results: Results, batch: int = 32, updated: float = 0.5, skipped:
                 f"{limit:.2f} ({'operations' if arithmetic >= traffic else 'bytes'})",
                 f"{dense:.2f}",
                 f"{ours:.2f}",
-                f"{ours / limit:.1f}×",
+                f"{ours / limit:.1f}x",
                 f"{record['eta']:.2f}",
             )
         )
-    header = ("family", "layer", "GFLOP", "MB", "floor, ms (set by)", "dense, ms", "ours, ms", "ours ÷ floor", "η")
+    header = (
+        "family",
+        "layer",
+        "GFLOP",
+        "MB",
+        "floor, ms (set by)",
+        "dense, ms",
+        "ours, ms",
+        "ours ÷ floor",
+        "η",
+    )
     return _markdown(header, lines)
 
 
@@ -319,7 +334,9 @@ def plot(results: Results, picture: Path) -> None:
     for number, family in enumerate(families):
         for label, chosen in _strips([record for record in records if record["family"] == family]):
             values = sorted(record["eta"] for record in chosen)
-            strips.plot(values, [len(labels)] * len(values), "|", color=f"C{number}", markersize=11, alpha=0.7)
+            strips.plot(
+                values, [len(labels)] * len(values), "|", color=f"C{number}", markersize=11, alpha=0.7
+            )
             strips.plot(geometric_mean(values), len(labels), "o", color=f"C{number}", markersize=6)
             labels.append(f"{FAMILY_TITLES[family]}, {label}" if label else FAMILY_TITLES[family])
     strips.axvline(1, color="black", linewidth=0.8)

@@ -29,31 +29,31 @@ def describe(case: LayerCase, layer: Layer) -> dict[str, Any]:
     }
 
 
-def test_layer(benchmark: Any, layer_case: LayerCase, budget: float) -> None:
-    layers = {name: Layer(layer_case, name) for name in FORMATS}
-    some = layers["contiguous"]
+def test_layer(benchmark: Any, layer_case: LayerCase, quick: bool) -> None:
+    plain = Layer(layer_case)
+    layers = {name: plain.in_format(name) for name in FORMATS}
     with torch.inference_mode():
         record = compare(
             benchmark,
             ours={name: layer.ours for name, layer in layers.items()},
             dense={name: layer.dense for name, layer in layers.items()},
             masked={name: layer.masked for name, layer in layers.items()},
-            expected=some.reference(),
-            work=some.work,
-            budget=budget,
+            expected=plain.reference(),
+            work=plain.work,
+            quick=quick,
         )
     benchmark.group = layer_case.family
-    benchmark.extra_info.update(describe(layer_case, some), **record)
+    benchmark.extra_info.update(describe(layer_case, plain), **record)
 
 
-def test_backward(benchmark: Any, backward_case: LayerCase, budget: float) -> None:
+def test_backward(benchmark: Any, backward_case: LayerCase, quick: bool) -> None:
     """Forward and backward to input, weight and bias; the result that is checked is the three gradients."""
-    layers = {name: Layer(backward_case, name) for name in FORMATS}
+    plain = Layer(backward_case)
+    layers = {name: plain.in_format(name) for name in FORMATS}
     for layer in layers.values():
         for leaf in (layer.input, layer.weight, layer.bias):
             leaf.requires_grad_()
-    some = layers["contiguous"]
-    output = some.reference()
+    output = plain.reference()
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(backward_case.seed))
     upstreams = {name: upstream.contiguous(memory_format=FORMATS[name]) for name in FORMATS}
 
@@ -70,9 +70,9 @@ def test_backward(benchmark: Any, backward_case: LayerCase, budget: float) -> No
         dense={name: partial(gradients, name, "dense") for name in FORMATS},
         masked={name: partial(gradients, name, "masked") for name in FORMATS},
         expected=expected,
-        work=some.work,
-        budget=budget,
+        work=plain.work,
+        quick=quick,
         tolerance=1e-3,
     )
     benchmark.group = backward_case.family
-    benchmark.extra_info.update(describe(backward_case, some), **record)
+    benchmark.extra_info.update(describe(backward_case, plain), **record)
