@@ -1,4 +1,4 @@
-"""`python -m adakernels bench`: runs the benchmark suites of a source checkout and reports what they measured."""
+"""`python -m adakernels bench`: runs the benchmark suites of a source checkout, reports what they show."""
 
 from __future__ import annotations
 
@@ -171,8 +171,12 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
     import pytest
     import torch
 
+    from adakernels import backends
     from benchmarks import report
 
+    reason = backends.available_backends()["cpu"]
+    if reason:
+        print(f"warning: what is measured is the reference: {reason}", file=sys.stderr)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads()

@@ -52,7 +52,7 @@ class ConvShape:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One layer at one batch size: `updated` is u = |U_t| / C_out, `skipped` the share of SKIP in `in_policy`."""
+    """One layer at one batch size: `updated` is u = |U_t| / C_out, `skipped` the share of SKIP inputs."""
 
     family: str
     shape: ConvShape
@@ -74,7 +74,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A gated model against its plain backbone; `work` is the share of the dense multiply-adds it is to do."""
+    """A gated model against its plain backbone; `work` is the share of the dense work that it is to do."""
 
     model: str
     backbone: str
@@ -93,9 +93,9 @@ class ModelCase:
 class Target:
     """A row of the result table: which records it gathers, which of their numbers it judges, and the goals.
 
-    `metric` is a record's key; `worst` bounds every case and `mean` the geometric mean, in the direction that
-    `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means that
-    the row is shown but not judged on that. `updated` and `case` narrow the family down.
+    `metric` is a key of records; `worst` bounds every case and `mean` their geometric mean, in the direction
+    that `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means
+    that the row is shown but not judged on that. `updated` and `cases` narrow the family down.
     """
 
     label: str
@@ -105,7 +105,7 @@ class Target:
     worst: float | None = None
     aim: float | None = None
     updated: tuple[float, ...] | None = None
-    case: str | None = None
+    cases: tuple[str, ...] | None = None
 
     @property
     def higher(self) -> bool:
@@ -116,7 +116,7 @@ class Target:
         return (
             record["family"] == self.family
             and (self.updated is None or record.get("updated") in self.updated)
-            and (self.case is None or record["case"] == self.case)
+            and (self.cases is None or record["case"] in self.cases)
         )
 
 
@@ -204,7 +204,7 @@ LAYERS = (
     + _sweep("gated_depthwise", EFFICIENTNET_B0_DEPTHWISE, updated=UPDATED, skipped=SKIPPED)
 )
 BACKWARD = [
-    LayerCase("gated_backward", shape, BATCHES[0], updated=0.5)
+    LayerCase("gated_backward", shape, BATCHES[0], updated=0.5, quick=shape == RESNET18_CONV1[2])
     for shape in (
         RESNET18_CONV1[0],
         RESNET18_CONV1[2],
@@ -227,6 +227,8 @@ MEMORY = [
     LayerCase("memory", EFFICIENTNET_B0_DEPTHWISE[1], BATCHES[1], updated=0.5),
 ]
 TINY = LayerCase("overhead", ConvShape(4, 4, 4, activation=None), batch=2, updated=0.5, quick=True)
+INFERENCE_CALLS = ("no policy", "policy", "in_policy")
+TRAINING_CALLS = ("policy, recording for backward",)
 
 BELOW_ONE = tuple(u for u in UPDATED if u < 1)
 TARGETS = [
@@ -237,20 +239,21 @@ TARGETS = [
     Target("gated input 3x3", "gated_input", mean=0.80, aim=0.95),
     Target("gated depthwise", "gated_depthwise", mean=0.80, aim=0.95),
     Target("gated conv, forward + backward", "gated_backward"),
-    Target("AdaFuse ResNet-18, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, case=MODELS[0].name),
-    Target("AdaFuse ResNet-50, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, case=MODELS[1].name),
-    Target("AdaFuse ResNet-18, 4 clips", "model", "time_ratio", case=MODELS[2].name),
-    Target("AdaFuse ResNet-50, 4 clips", "model", "time_ratio", case=MODELS[3].name),
+    Target("AdaFuse ResNet-18, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, cases=(MODELS[0].name,)),
+    Target("AdaFuse ResNet-50, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, cases=(MODELS[1].name,)),
+    Target("AdaFuse ResNet-18, 4 clips", "model", "time_ratio", cases=(MODELS[2].name,)),
+    Target("AdaFuse ResNet-50, 4 clips", "model", "time_ratio", cases=(MODELS[3].name,)),
     Target("peak memory", "memory", "memory_ratio", worst=1.1, aim=1.0),
-    Target("call overhead", "overhead", "overhead_us", worst=15.0, aim=5.0),
+    Target("call overhead", "overhead", "overhead_us", worst=15.0, aim=5.0, cases=INFERENCE_CALLS),
+    Target("call overhead, training", "overhead", "overhead_us", worst=15.0, aim=5.0, cases=TRAINING_CALLS),
 ]
 
 
 def keep_probability(updated: float, frames: int) -> float:
     """P(KEEP) for which |U_t| averages `updated` · C over a clip of `frames`, with P(REUSE) = 0.16 · P(KEEP).
 
-    A channel is in U_t if it is kept at t or reused at t+1 (AdaFuse, Eq. 5), and the last frame of a clip has no successor, so the mean is
-    k + 0.16 · k · (1 - k) · (frames - 1) / frames, solved for k here.
+    A channel is in U_t if it is kept at t or reused at t+1 (AdaFuse, Eq. 5), and the last frame of a clip has
+    no successor, so the mean is k + 0.16 · k · (1 - k) · (frames - 1) / frames, solved for k here.
     """
     reused = REUSED_PER_KEPT * (frames - 1) / frames
     if updated >= 1 or reused == 0:
@@ -300,8 +303,8 @@ def floor(
 ) -> tuple[float, float]:
     """Floating-point operations and float32 bytes that a layer with these policies cannot do without.
 
-    A multiply-add is two operations. The live input planes and the weights are read once and every output plane
-    is written once, zeros included.
+    A multiply-add is two operations. The live input planes and the weights are read once and every output
+    plane is written once, zeros included.
     """
     operations = 2.0 * shape.macs_per_channel * shape.out_channels * batch
     live = float((in_policy != SKIP).double().mean()) if in_policy is not None else 1.0

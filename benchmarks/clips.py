@@ -16,8 +16,8 @@ def load_clips(clips: int, frames: int) -> Tensor:  # [clips * frames, 3, 224, 2
     """Float32 clips, one per photograph, normalised as for ImageNet; frame t of clip b is row b * frames + t.
 
     The shorter side of each photograph is scaled to 256 pixels and the crop moves by (3, 5) pixels per frame.
-    Raises ValueError when more clips are asked for than there are photographs and ImportError when scikit-image
-    is missing.
+    Raises ValueError when more clips are asked for than there are photographs, and ImportError without
+    scikit-image.
     """
     if clips > len(PHOTOGRAPHS):
         raise ValueError(f"expected at most {len(PHOTOGRAPHS)} clips, got {clips}")

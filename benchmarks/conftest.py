@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    sources = {
+    sources: dict[str, Sequence[Any]] = {
         "layer_case": cases.LAYERS,
         "backward_case": cases.BACKWARD,
         "model_case": cases.MODELS,

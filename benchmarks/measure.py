@@ -35,7 +35,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def efficiency(dense: float, ours: float, work: float) -> float:
-    """η = (t_dense / t_ours) * (work_ours / work_dense): the share of the saved work that became saved time."""
+    """η = (t_dense / t_ours) * (work_ours / work_dense): how much of the saved work is saved time."""
     return dense / ours * work
 
 

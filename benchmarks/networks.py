@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from adakernels import models, use_backend
 from adakernels.flops import count_flops
@@ -13,6 +15,7 @@ from adakernels.models import AdaFuseResNet
 from adakernels.policies import ChannelPolicy
 from benchmarks.cases import CLIP, KEEP, REUSE, ModelCase
 
+Model = TypeVar("Model", bound=nn.Module)
 REUSE_BIAS = -0.9
 
 
@@ -23,7 +26,7 @@ class FoldedResNet:
     clip of `frames`.
     """
 
-    def __init__(self, model: nn.Module, frames: int, memory_format: torch.memory_format) -> None:
+    def __init__(self, model: Any, frames: int, memory_format: torch.memory_format) -> None:
         self.frames = frames
         self.stem = _fold(model.conv1, model.bn1, memory_format)
         self.blocks = []
@@ -34,7 +37,9 @@ class FoldedResNet:
                     _fold(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), memory_format) for i in names
                 ]
                 shortcut = block.downsample
-                self.blocks.append((convs, None if shortcut is None else _fold(*shortcut, memory_format)))
+                self.blocks.append(
+                    (convs, None if shortcut is None else _fold(shortcut[0], shortcut[1], memory_format))
+                )
         self.fc = model.fc
 
     def __call__(self, frames: Tensor) -> Tensor:  # [B * T, 3, H, W]
@@ -49,19 +54,28 @@ class FoldedResNet:
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, memory_format: torch.memory_format) -> nn.Conv2d:
-    folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    folded = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.kernel_size[0] // 2
     )
-    folded.weight, folded.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
-    return folded.to(memory_format=memory_format)
+    assert norm.running_mean is not None and norm.running_var is not None and folded.bias is not None
+    with torch.no_grad():
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        folded.weight.copy_(conv.weight * scale[:, None, None, None])
+        folded.bias.copy_(norm.bias - norm.running_mean * scale)
+    return in_format(folded, memory_format)
+
+
+def in_format(model: Model, memory_format: torch.memory_format) -> Model:
+    """A copy of `model` with its weights in `memory_format`."""
+    copy: Model = deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return copy
 
 
 def prepare(case: ModelCase, clips: Tensor) -> tuple[AdaFuseResNet, float]:  # [B * T, 3, 224, 224]
     """The gated model of `case` in evaluation mode, and the share of the dense work it does on `clips`.
 
     Weights are random (seed 0); batch norm has the statistics of `clips`. The logits of the policy heads get
-    unit variance, and one bias of all KEEP logits is set by bisection so that `count_flops` gives `case.work`.
+    unit variance, and one bias of all KEEP logits is set by bisection to make `count_flops` give `case.work`.
     """
     torch.manual_seed(0)
     model: AdaFuseResNet = getattr(models, case.model)(frames=CLIP)
@@ -89,7 +103,7 @@ def prepare(case: ModelCase, clips: Tensor) -> tuple[AdaFuseResNet, float]:  # [
     return model, share
 
 
-def _work_with_bias(model: AdaFuseResNet, heads: list[nn.Module], keep: float, clips: Tensor) -> float:
+def _work_with_bias(model: AdaFuseResNet, heads: list[ChannelPolicy], keep: float, clips: Tensor) -> float:
     for head in heads:
         bias = head.fc2.bias.view(-1, 3)
         bias.zero_()

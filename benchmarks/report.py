@@ -52,7 +52,7 @@ def device_slug(device: str, threads: int) -> str:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Processor, threads, and the peaks measured now: matrix product (GFLOP/s) and copy (GB/s, read + write)."""
+    """Processor, threads, and the peaks of matrix product (GFLOP/s) and copy (GB/s, read + write)."""
     import time
 
     import torch
@@ -92,7 +92,7 @@ def collect(
     """
     import torch
 
-    import adakernels
+    from adakernels import info
 
     commit = raw.get("commit_info", {})
     return {
@@ -100,10 +100,11 @@ def collect(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": {"id": commit.get("id", "unknown"), "dirty": commit.get("dirty")},
         "versions": {
-            "adakernels": getattr(adakernels, "__version__", "unknown"),
+            "adakernels": info.versions()["adakernels"].partition(",")[0],
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "build": info.build(),
         "machine": dict(machine),
         "settings": dict(settings),
         "records": [bench["extra_info"] for bench in raw["benchmarks"] if "family" in bench["extra_info"]],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -12,15 +11,15 @@ import adakernels as ak
 from benchmarks.cases import CLIP, ModelCase
 from benchmarks.clips import load_clips
 from benchmarks.measure import FORMATS, compare
-from benchmarks.networks import FoldedResNet, prepare
+from benchmarks.networks import FoldedResNet, in_format, prepare
 
 
 def test_model(benchmark: Any, model_case: ModelCase, quick: bool) -> None:
-    """Ours against the plain backbone; the masked baseline is our model on the reference: dense, then masked."""
+    """Ours against the plain backbone; the masked baseline is our model on the reference backend."""
     frames = load_clips(model_case.clips, CLIP)
     ours, work = prepare(model_case, frames)
     inputs = {name: frames.contiguous(memory_format=order) for name, order in FORMATS.items()}
-    models = {name: _in_format(ours, order) for name, order in FORMATS.items()}
+    models = {name: in_format(ours, order) for name, order in FORMATS.items()}
     dense = {name: FoldedResNet(ours, CLIP, order) for name, order in FORMATS.items()}
 
     def masked(name: str) -> torch.Tensor:
@@ -50,7 +49,3 @@ def test_model(benchmark: Any, model_case: ModelCase, quick: bool) -> None:
         policy_shares=dict(zip(("keep", "reuse", "skip"), (shares / shares.sum()).tolist(), strict=True)),
         **record,
     )
-
-
-def _in_format(model: torch.nn.Module, memory_format: torch.memory_format) -> torch.nn.Module:
-    return deepcopy(model).to(memory_format=memory_format)

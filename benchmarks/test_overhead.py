@@ -11,25 +11,26 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import memory
-from benchmarks.cases import MEMORY, TINY, LayerCase
+from benchmarks.cases import INFERENCE_CALLS, MEMORY, TINY, TRAINING_CALLS, LayerCase
 from benchmarks.layers import Layer
 from benchmarks.measure import FORMATS, Race, assert_matches
 from benchmarks.test_layers import describe
 
 SAMPLE_TIME = 2e-3
-CALLS = {
-    "no policy": (replace(TINY, updated=None), False),
-    "policy": (TINY, False),
-    "in_policy": (replace(TINY, updated=None, skipped=0.5), False),
-    "policy, recording for backward": (TINY, True),
-}
+CALLS = dict(
+    zip(
+        INFERENCE_CALLS + TRAINING_CALLS,
+        (replace(TINY, updated=None), TINY, replace(TINY, updated=None, skipped=0.5), TINY),
+        strict=True,
+    )
+)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_call_overhead(benchmark: Any, call: str) -> None:
     """Ours minus `F.conv2d` on a tensor so small that only the way to the kernel takes time."""
-    case, recording = CALLS[call]
-    layer = Layer(case)
+    recording = call in TRAINING_CALLS
+    layer = Layer(CALLS[call])
     layer.weight.requires_grad_(recording)
     shape = layer.shape
 
