@@ -76,8 +76,8 @@ def cases(draw: st.DrawFn) -> Case:
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, around, strict=True)]
     if padding == "same":
         least = [1, 1]
-    size = tuple(draw(st.integers(low, max(low, 11))) for low in least)
-    channels = draw(st.integers(1, 20))
+    size = tuple(draw(st.integers(low, max(low, 11)) | st.integers(low, max(low, 30))) for low in least)
+    channels = draw(st.integers(1, 20) | st.integers(1, 70))
     depthwise = draw(st.booleans())
     return Case(
         clips=draw(st.integers(0, 3)),
@@ -520,6 +520,29 @@ def test_compiles_once_for_all_sizes() -> None:
         t = make(Case(clips=clips, channels=5, size=size))
         torch.testing.assert_close(compiled(t.input, t.weight, t.policy), call(t.input, t.weight, t.policy))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled_by_inductor(layout: str) -> None:
+    torch._dynamo.reset()
+    t = make(Case(layout=layout, in_policy="mixed"))
+    weight = t.weight.requires_grad_()
+
+    def call(input: Tensor, policy: Tensor) -> Tensor:
+        mixed = ak.gated_conv2d(
+            input * 2, weight, None, policy, frames=2, padding=1, in_policy=t.in_policy, activation="relu"
+        )
+        return mixed + 1
+
+    compiled = torch.compile(call, fullgraph=True)
+    got, want = compiled(t.input, t.policy), call(t.input, t.policy)
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), weight), torch.autograd.grad(want.sum(), weight), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("cpu_backend")
