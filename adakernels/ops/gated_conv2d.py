@@ -306,34 +306,17 @@ def gated_conv2d(
         ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or a policy value
             outside 0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
-    tensors = (
+    device = facts("gated_conv2d", "input", input)[2].type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight, bias = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    backend, conv = _plan(
+        backends.requested_backend(),
         facts("gated_conv2d", "input", input),
         facts("gated_conv2d", "weight", weight),
         optional_facts("gated_conv2d", "bias", bias),
         optional_facts("gated_conv2d", "policy", policy),
         optional_facts("gated_conv2d", "in_policy", in_policy),
-    )
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        input, weight = _autocast(input), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
-        with torch.autocast(device, enabled=False):
-            return gated_conv2d(
-                input,
-                weight,
-                bias,
-                policy,
-                frames=frames,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-                in_policy=in_policy,
-                activation=activation,
-            )
-    backend, conv = _plan(
-        backends.requested_backend(),
-        *tensors,
         frames,
         stride,
         padding,
@@ -402,11 +385,11 @@ def _run(
     )
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    # What torch does for its own convolutions.
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+def _cast(argument: Any, dtype: torch.dtype) -> Any:
+    # As autocast does for torch's convolutions; what is no tensor is refused later.
+    if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
+        return argument.to(dtype)
+    return argument
 
 
 @backends.explains(gated_conv2d)
