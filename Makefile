@@ -55,7 +55,7 @@ $(VENV)/pyvenv.cfg:
 	@echo '$(PYTHON)' > $(VENV)/made-with
 
 $(VENV)/tools: $(VENV)/pyvenv.cfg Makefile
-	@$(RUN) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	@$(RUN) -c 'import torch; raise SystemExit(torch.__version__ < (2, 10))' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PIP) install --quiet $(BUILD_REQUIRES)
 	@touch $@
 
