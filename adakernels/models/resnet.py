@@ -94,10 +94,15 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34 or 50.
         num_classes: width of the classifier.
+
+    Raises:
+        ValueError: for another depth.
     """
 
     def __init__(self, depth: int, num_classes: int = 1000) -> None:
         super().__init__()
+        if depth not in _STAGE_BLOCKS:
+            raise ValueError(f"ResNet: expected depth to be 18, 34 or 50, got {depth}")
         make_block, expansion = (_bottleneck, 4) if depth == 50 else (_basic_block, 1)
         self.conv1 = GatedConv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

@@ -24,8 +24,8 @@ def linear_norm_act(
 ) -> Tensor:
     """relu(norm(linear(input))), [N, C_out].
 
-    In inference on the CPU the normalisation is folded into the weights, and these are kept in oneDNN's blocked
-    layout: with few rows the time is that of reading them, and in plain order it takes about twice as long.
+    In inference on the CPU the normalisation is folded into the weights, and these are kept in oneDNN's
+    blocked layout: with few rows the time is that of reading them, which takes twice as long in plain order.
     """
     batch_norm = cast(_BatchNorm, norm) if norm is not None and is_foldable(norm) else None
     if norm is not None and batch_norm is None:
