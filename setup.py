@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -78,24 +79,28 @@ def run_cmake() -> Path:
     cmake = find_tool("cmake", "CMAKE_BIN_DIR")
     ninja = find_tool("ninja", "BIN_DIR")
     if cmake is None or ninja is None:
-        raise NativeBuildImpossible("cmake or ninja is missing; pip install cmake ninja pybind11")
+        raise NativeBuildImpossible("cmake or ninja is missing; pip install cmake ninja")
     try:
-        pybind11 = importlib.import_module("pybind11").get_cmake_dir()
+        pybind11 = importlib.import_module("pybind11").get_include()
     except ImportError:
-        raise NativeBuildImpossible("pybind11 is missing; pip install cmake ninja pybind11") from None
+        pybind11 = str(Path(torch["folder"], "include"))  # torch's own copy
     build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     definitions = {
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11,
         "ADAKERNELS_TORCH_DIR": torch["folder"],
         "ADAKERNELS_TORCH_VERSION": torch["version"],
         "ADAKERNELS_TORCH_CUDA": torch["cuda"],
+        "ADAKERNELS_PYBIND11_INCLUDE_DIR": pybind11,
         "ADAKERNELS_CUDA": os.environ.get("ADAKERNELS_CUDA", "auto"),
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-    subprocess.run(configure + [f"-D{name}={value}" for name, value in definitions.items()], check=True)
-    subprocess.run([cmake, "--build", str(build)], check=True)
+    for command in (
+        configure + [f"-D{name}={value}" for name, value in definitions.items()],
+        [cmake, "--build", str(build)],
+    ):
+        if subprocess.run(command).returncode != 0:
+            raise CompileError("CMake failed; the reason is in its output above")
     return build / "adakernels"
 
 

@@ -1,0 +1,97 @@
+"""One gated layer in its three forms: plain dense, dense with masks as done today, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import adakernels as ak
+from benchmarks.cases import CLIP, KEEP, REUSE, SKIP, LayerCase, draw_in_policy, draw_policy, work_ratio
+from benchmarks.measure import FORMATS
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "silu": lambda y: F.silu(y, inplace=True),
+}
+
+
+class Layer:
+    """A layer with random inputs, weights and policies, contiguous.
+
+    Channels that `in_policy` skips hold exact zeros, as the gated layer before would have left them.
+    """
+
+    def __init__(self, case: LayerCase) -> None:
+        self.shape = shape = case.shape
+        self.frames = min(CLIP, case.batch)
+        random = torch.Generator().manual_seed(case.seed)
+        fan_in = shape.kernel**2 * shape.in_channels // shape.groups
+        weight_shape = (shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.kernel)
+        self.input = torch.randn(case.batch, shape.in_channels, shape.size, shape.size, generator=random)
+        self.weight = torch.randn(weight_shape, generator=random) * (2 / fan_in) ** 0.5
+        self.bias = torch.randn(shape.out_channels, generator=random) * 0.1
+        self.policy = self.in_policy = None
+        if case.updated is not None:
+            self.policy = draw_policy(case.updated, case.batch, shape.out_channels, self.frames, case.seed)
+        if case.skipped is not None:
+            self.in_policy = draw_in_policy(case.skipped, case.batch, shape.in_channels, case.seed)
+            self.input *= (self.in_policy != SKIP)[..., None, None]
+
+    def in_format(self, name: str) -> Layer:
+        """The same layer in the memory format of that name."""
+        other = copy(self)
+        other.input = self.input.contiguous(memory_format=FORMATS[name])
+        other.weight = self.weight.contiguous(memory_format=FORMATS[name])
+        return other
+
+    @property
+    def work(self) -> float:
+        """work_ours / work_dense, from the policies drawn."""
+        return work_ratio(self.shape, self.policy, self.in_policy, self.frames)
+
+    def _conv(self, input: Tensor) -> Tensor:
+        shape = self.shape
+        output = F.conv2d(input, self.weight, self.bias, shape.stride, shape.padding, groups=shape.groups)
+        return output if shape.activation is None else ACTIVATIONS[shape.activation](output)
+
+    def dense(self) -> Tensor:
+        """The plain layer: convolution with bias, then the activation in place."""
+        return self._conv(self.input)
+
+    def masked(self) -> Tensor:
+        """The same math as ours by dense convolution and multiplication with masks."""
+        input = (
+            self.input if self.in_policy is None else self.input * (self.in_policy != SKIP)[..., None, None]
+        )
+        output = self._conv(input)
+        if self.policy is None:
+            return output
+        clips = output.unflatten(0, (-1, self.frames))
+        policy = self.policy.unflatten(0, (-1, self.frames))[..., None, None]
+        previous = torch.cat([torch.zeros_like(clips[:, :1]), clips[:, :-1]], dim=1)
+        return (clips * (policy == KEEP) + previous * (policy == REUSE)).flatten(0, 1)
+
+    def ours(self) -> Tensor:
+        """The package's operator, policy included."""
+        shape = self.shape
+        return ak.gated_conv2d(
+            self.input,
+            self.weight,
+            self.bias,
+            self.policy,
+            frames=self.frames,
+            stride=shape.stride,
+            padding=shape.padding,
+            groups=shape.groups,
+            in_policy=self.in_policy,
+            activation=shape.activation,
+        )
+
+    def reference(self) -> Tensor:
+        """The operator's reference."""
+        with ak.use_backend("reference"):
+            return self.ours()

@@ -1,0 +1,221 @@
+"""How it is measured: interleaved timing of several callables in one process, and what is derived from it."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_ROUNDS = 15
+MAX_ROUNDS = 60
+WARM_UP = 3
+CONTENDER = 1.25
+BUDGET = 0.5
+GROUPS = ("dense", "masked", "ours")
+Result = Tensor | Sequence[Tensor]
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile of `samples` (nearest rank, true median), and how many there are."""
+    ordered = sorted(samples)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return {
+        "p20": ordered[math.ceil(0.2 * len(ordered)) - 1],
+        "p50": median,
+        "p80": ordered[math.ceil(0.8 * len(ordered)) - 1],
+        "rounds": len(ordered),
+    }
+
+
+def efficiency(dense: float, ours: float, work: float) -> float:
+    """η = (t_dense / t_ours) * (work_ours / work_dense): how much of the saved work is saved time."""
+    return dense / ours * work
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+class Race:
+    """Takes turns: one timed sample of every runner per round, so that all see the same machine.
+
+    `runners` are callables without arguments. A sample is the time of `calls` calls in a row divided by
+    `calls`, which is 1 unless `sample_time` (seconds) asks for longer samples of runners too short to time.
+    Every round starts with another runner, so none of them always finds the caches its neighbour left.
+    """
+
+    def __init__(
+        self,
+        runners: Mapping[str, Callable[[], Result]],
+        *,
+        sample_time: float = 0.0,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.runners = dict(runners)
+        self.timer = timer
+        self.sample_time = sample_time
+        self.calls = dict.fromkeys(self.runners, 1)
+        self.samples: dict[str, list[float]] = {name: [] for name in self.runners}
+        self.round = 0
+
+    def _sample(self, name: str) -> float:
+        runner, calls = self.runners[name], range(self.calls[name])
+        start = self.timer()
+        for _ in calls:
+            runner()
+        return (self.timer() - start) / len(calls)
+
+    def warm_up(self, laps: int = 2) -> dict[str, float]:
+        """Run every runner `laps` times, set the calls per sample and return the best times in seconds."""
+        best = dict.fromkeys(self.runners, math.inf)
+        for _ in range(laps):
+            for name in self.runners:
+                best[name] = min(best[name], self._sample(name))
+        if self.sample_time:
+            self.calls = {
+                name: max(1, math.ceil(self.sample_time / max(seconds, 1e-9)))
+                for name, seconds in best.items()
+            }
+        return best
+
+    def drop(self, name: str) -> None:
+        """Take a runner out of the race."""
+        for table in (self.runners, self.calls, self.samples):
+            del table[name]
+
+    def lap(self, names: Iterable[str]) -> None:
+        """One timed sample of each of `names`."""
+        order = list(names)
+        start = self.round % len(order) if order else 0
+        self.round += 1
+        for name in order[start:] + order[:start]:
+            self.samples[name].append(self._sample(name))
+
+    def run(self, rounds: int) -> None:
+        """Time `rounds` laps of all runners."""
+        with _no_garbage_collection():
+            for _ in range(rounds):
+                self.lap(self.runners)
+
+    def run_for(self, benchmark: Any, subject: str, rounds: int) -> Result:
+        """The same with pytest-benchmark timing `subject`: the others take their turn in each round's setup.
+
+        Returns what the last timed call of `subject` returned.
+        """
+        runner, calls = self.runners[subject], range(self.calls[subject])
+        others = [name for name in self.runners if name != subject]
+
+        def block() -> Result:
+            for _ in calls:
+                result = runner()
+            return result
+
+        with _no_garbage_collection():
+            result: Result = benchmark.pedantic(
+                block, setup=lambda: self.lap(others), rounds=rounds, iterations=1
+            )
+        if benchmark.stats is None:
+            self.lap([subject])
+        else:
+            self.samples[subject] = [seconds / len(calls) for seconds in benchmark.stats.stats.data]
+        return result
+
+    def times(self) -> dict[str, dict[str, float]]:
+        """The spread of every runner's samples, in seconds."""
+        return {name: spread(samples) for name, samples in self.samples.items()}
+
+
+class _no_garbage_collection:
+    def __enter__(self) -> None:
+        gc.collect()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        gc.enable()
+
+
+def rounds_for(lap_time: float, budget: float) -> int:
+    """As many rounds as `budget` seconds allow, never fewer than 15 nor more than 60."""
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(lap_time, 1e-9))))
+
+
+def assert_matches(actual: Result, expected: Result, tolerance: float = 1e-4) -> None:
+    """Raise AssertionError unless max|actual - expected| ≤ tolerance * max|expected| for every tensor."""
+    if not isinstance(actual, Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            assert_matches(one, other, tolerance)
+        return
+    assert isinstance(expected, Tensor)
+    if actual.shape != expected.shape:
+        raise AssertionError(f"expected a result of shape {list(expected.shape)}, got {list(actual.shape)}")
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = float((actual - expected).abs().max()) if expected.numel() else 0.0
+    if not error <= tolerance * scale:
+        raise AssertionError(f"result is off by {error:.3g} where the reference reaches {scale:.3g}")
+
+
+def compare(
+    benchmark: Any,
+    ours: Mapping[str, Callable[[], Result]],
+    dense: Mapping[str, Callable[[], Result]],
+    masked: Mapping[str, Callable[[], Result]],
+    expected: Result,
+    *,
+    work: float,
+    quick: bool,
+    tolerance: float = 1e-4,
+) -> dict[str, Any]:
+    """Race ours against the dense and the masked baseline and return the record of it.
+
+    Each of the three is a set of variants (memory formats); the fastest of a set stands for it. Every variant
+    of ours and of the masked baseline must match `expected` first, and so must the last result timed.
+
+    Args:
+        benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
+        work: work_ours / work_dense.
+        quick: race only the variant of each set that was fastest in the warm-up, and for 15 rounds; otherwise
+            all that came within 25 % of it, for half a second or 15 rounds, whichever is longer.
+    """
+    for variants in (ours, masked):
+        for runner in variants.values():
+            assert_matches(runner(), expected, tolerance)
+    runners = {
+        f"{group} {name}": runner
+        for group, variants in zip(GROUPS, (dense, masked, ours), strict=True)
+        for name, runner in variants.items()
+    }
+    race = Race(runners)
+    warm = race.warm_up(WARM_UP)
+    for group in GROUPS:
+        fastest = min(warm[name] for name in runners if name.startswith(group))
+        for name in runners:
+            if name.startswith(group) and warm[name] > fastest * (1 if quick else CONTENDER):
+                race.drop(name)
+    subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
+    lap_time = sum(warm[name] for name in race.runners)
+    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET))
+    assert_matches(result, expected, tolerance)
+
+    times = race.times()
+    best = {
+        group: min((name for name in times if name.startswith(group)), key=lambda name: times[name]["p50"])
+        for group in GROUPS
+    }
+    seconds = {group: times[name]["p50"] for group, name in best.items()}
+    return {
+        "times": times,
+        "warm_up": warm,
+        "best": best,
+        "work_ratio": work,
+        "time_ratio": seconds["ours"] / seconds["dense"],
+        "masked_ratio": seconds["ours"] / seconds["masked"],
+        "eta": efficiency(seconds["dense"], seconds["ours"], work),
+    }

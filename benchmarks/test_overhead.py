@@ -1,0 +1,80 @@
+"""What a call costs beside its arithmetic, and how much memory it takes at its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import memory
+from benchmarks.cases import INFERENCE_CALLS, MEMORY, TINY, TRAINING_CALLS, LayerCase
+from benchmarks.layers import Layer
+from benchmarks.measure import FORMATS, Race, assert_matches
+from benchmarks.test_layers import describe
+
+SAMPLE_TIME = 2e-3
+CALLS = dict(
+    zip(
+        INFERENCE_CALLS + TRAINING_CALLS,
+        (replace(TINY, updated=None), TINY, replace(TINY, updated=None, skipped=0.5), TINY),
+        strict=True,
+    )
+)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call_overhead(benchmark: Any, call: str) -> None:
+    """Ours minus `F.conv2d` on a tensor so small that only the way to the kernel takes time."""
+    recording = call in TRAINING_CALLS
+    layer = Layer(CALLS[call])
+    layer.weight.requires_grad_(recording)
+    shape = layer.shape
+
+    def dense() -> torch.Tensor:
+        return F.conv2d(layer.input, layer.weight, layer.bias, shape.stride, shape.padding)
+
+    with torch.inference_mode(not recording):
+        expected = layer.reference()
+        race = Race({"dense": dense, "ours": layer.ours}, sample_time=SAMPLE_TIME)
+        race.warm_up(20)
+        assert_matches(race.run_for(benchmark, "ours", rounds=41), expected)
+    times = race.times()
+    benchmark.group = "overhead"
+    benchmark.extra_info.update(
+        family="overhead",
+        case=call,
+        times=times,
+        best={"dense": "dense", "ours": "ours"},
+        calls_per_round=race.calls,
+        overhead_us=(times["ours"]["p50"] - times["dense"]["p50"]) * 1e6,
+    )
+
+
+@pytest.mark.skipif(not memory.available(), reason="peak memory is read from Linux's /proc/self/clear_refs")
+def test_peak_memory(benchmark: Any, memory_case: LayerCase, threads: int, quick: bool) -> None:
+    """Peak of ours against the dense layer's in the same memory format, each in a fresh process."""
+    plain = Layer(memory_case)
+    layers = {name: plain.in_format(name) for name in FORMATS}
+    with torch.inference_mode():
+        expected = plain.reference()
+        for layer in layers.values():
+            assert_matches(layer.ours(), expected)
+        run: Callable[[], torch.Tensor] = layers["channels_last"].ours
+        benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    index = MEMORY.index(memory_case)
+    peaks = {
+        f"{form} {name}": memory.peak_in_fresh_process(form, name, index, threads)
+        for form in (("dense", "ours") if quick else ("dense", "masked", "ours"))
+        for name in FORMATS
+    }
+    benchmark.group = "memory"
+    benchmark.extra_info.update(
+        describe(memory_case, plain),
+        peak_bytes=peaks,
+        output_bytes=expected.numel() * expected.element_size(),
+        memory_ratio=max(peaks[f"ours {name}"] / peaks[f"dense {name}"] for name in FORMATS),
+    )

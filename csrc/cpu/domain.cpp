@@ -1,0 +1,36 @@
+#include "domain.h"
+
+#include <algorithm>
+
+namespace adakernels {
+
+namespace {
+
+int32_t floor_mod(int64_t a, int64_t b) { return int32_t(((a % b) + b) % b); }
+
+}  // namespace
+
+void lay_out_taps(Convolution& conv) {
+  conv.phases.clear();
+  conv.shift_y = conv.shift_x = 0;
+  if (conv.taps.empty()) return;
+  int64_t first_y = conv.taps[0].dy, first_x = conv.taps[0].dx;
+  for (const Tap& tap : conv.taps) {
+    first_y = std::min<int64_t>(first_y, tap.dy);
+    first_x = std::min<int64_t>(first_x, tap.dx);
+  }
+  for (Tap& tap : conv.taps) {
+    const int64_t dy = tap.dy - first_y, dx = tap.dx - first_x;
+    const Phase phase = {int32_t(first_y + floor_mod(dy, conv.step_y)), int32_t(first_x + floor_mod(dx, conv.step_x))};
+    const auto same = [&](const Phase& other) { return other.dy == phase.dy && other.dx == phase.dx; };
+    const auto found = std::find_if(conv.phases.begin(), conv.phases.end(), same);
+    tap.phase = int32_t(found - conv.phases.begin());
+    if (found == conv.phases.end()) conv.phases.push_back(phase);
+    tap.shift_y = int32_t(dy / conv.step_y);
+    tap.shift_x = int32_t(dx / conv.step_x);
+    conv.shift_y = std::max<int64_t>(conv.shift_y, tap.shift_y);
+    conv.shift_x = std::max<int64_t>(conv.shift_x, tap.shift_x);
+  }
+}
+
+}  // namespace adakernels

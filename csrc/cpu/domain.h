@@ -1,0 +1,88 @@
+// The iteration domain of a convolution, as data: what the core visits for each output frame.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace adakernels {
+
+enum class Scalar : int32_t { f32, bf16 };
+
+// The order is the operator schema's `activation` argument.
+enum class Activation : int32_t { none, relu, relu6, silu };
+
+// A stack of frames of channel planes, strides in elements.
+struct Planes {
+  void* data;
+  Scalar scalar;
+  int64_t extent;  // elements from `data` to behind the last one
+  int64_t height, width;
+  int64_t frame_stride, channel_stride, row_stride, column_stride;
+};
+
+// A channel of frame t and where its plane lives: in frame t, in frame t+1 (its history), or in both.
+// Reading sums the planes it names; writing stores to each of them.
+struct Route {
+  int32_t channel;
+  bool here, next;
+};
+
+// One kernel tap: its offset in the source and in a weight row. By phases: tap (dy, dx) reads, for grid point (y, x),
+// element (y + shift_y, x + shift_x) of the source taken every step pixels from the phase's first one.
+struct Tap {
+  int32_t dy, dx;
+  int32_t weight;
+  int32_t phase = 0, shift_y = 0, shift_x = 0;
+};
+
+// The sub-grid of the source that starts at this offset and takes every step-th pixel.
+struct Phase {
+  int32_t dy, dx;
+};
+
+// What is visited for one frame and one group of channels.
+struct Unit {
+  int64_t frame;
+  const Route* rows;  // target channels to compute
+  int64_t row_count;
+  const Route* live;  // source channels to read
+  int64_t live_count;
+  int64_t weight_offset;
+};
+
+// Transformed 3x3 kernels: point p of row r and channel c at [r * row_stride + p * point_stride + c].
+struct WinogradWeights {
+  const float* weight;
+  int64_t row_stride, point_stride;
+};
+
+// A convolution from `source` to `target`: grid point (y, x) of the target sums, over live channels and taps,
+// weight * source(y * step_y + dy, x * step_x + dx), zero outside the source, and is stored at
+// (target_y + y * target_step_y, target_x + x * target_step_x).
+// Forward, data gradient and its stride phases are all of this form.
+struct Convolution {
+  Planes source, target;
+  const float* weight;  // row r, channel c, tap k at [r * weight_row + c * weight_channel + k.weight]
+  int64_t weight_row, weight_channel;
+  const float* bias;  // [rows] or null
+  Activation activation;
+  int64_t grid_height, grid_width;
+  int64_t step_y, step_x;
+  int64_t target_y, target_x, target_step_y, target_step_x;
+  std::vector<Tap> taps;
+  std::vector<Phase> phases;     // set by lay_out_taps, as is what follows
+  int64_t shift_y, shift_x;      // the largest of the taps
+  bool all_live_here;            // no live route reads the next frame
+  WinogradWeights winograd;      // null weight: the direct convolution
+};
+
+// Groups the taps by phase.
+void lay_out_taps(Convolution& conv);
+
+// Part of a unit: a rectangle of the grid and a range of the unit's rows.
+struct Tile {
+  int64_t y_begin, y_end, x_begin, x_end;
+  int64_t row_begin, row_end;
+};
+
+}  // namespace adakernels

@@ -1,0 +1,59 @@
+// Vector types of the instruction set that this translation unit is compiled for.
+// Everything here has internal linkage: the same source is compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace adakernels {
+namespace {
+
+template <int lanes>
+struct VectorOf {
+  typedef float type __attribute__((vector_size(lanes * 4)));
+  typedef float unaligned __attribute__((vector_size(lanes * 4), aligned(4), may_alias));
+  typedef int32_t integer __attribute__((vector_size(lanes * 4)));
+};
+
+template <int lanes>
+using Vector = typename VectorOf<lanes>::type;
+
+// kRows x kVectors accumulators, kVectors loads and one broadcast fill the register file.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 8, kVectors = 3;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 6, kVectors = 2;
+#else
+constexpr int kLanes = 4, kRows = 6, kVectors = 2;
+#endif
+
+// Half a vector costs half the time where 512-bit operations are issued in two halves (Zen 4), and never more.
+constexpr bool kHalfIsCheaper = kLanes == 16;
+
+template <int lanes>
+inline Vector<lanes> load(const float* p) {
+  return *reinterpret_cast<const typename VectorOf<lanes>::unaligned*>(p);
+}
+
+template <int lanes>
+inline void store(float* p, Vector<lanes> v) {
+  *reinterpret_cast<typename VectorOf<lanes>::unaligned*>(p) = v;
+}
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Round to nearest, ties to even; NaN stays a (quiet) NaN.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+}  // namespace
+}  // namespace adakernels

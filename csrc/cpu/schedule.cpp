@@ -1,0 +1,207 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../common/cpu_features.h"
+
+namespace adakernels {
+
+namespace {
+
+// Half of a second-level cache of 512 KiB; the weights stream through the other half.
+constexpr int64_t kSourceBytes = 256 * 1024;
+// Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
+constexpr int64_t kPointBytes = 900 * 1024;
+constexpr int64_t kTasksPerThread = 16;
+constexpr int64_t kRowsPerTask = 32;
+constexpr size_t kUnitsPerTask = 64;
+constexpr int64_t kSmallUnitRows = 4;
+// Waking a thread costs a few microseconds.
+constexpr double kParallelWork = 1e5;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A 1x1 convolution without gaps between rows is one long row.
+bool is_flat(const Convolution& conv) {
+  const auto gapless = [](const Planes& p) { return p.row_stride == p.width * p.column_stride; };
+  return conv.taps.size() == 1 && conv.taps[0].dy == 0 && conv.taps[0].dx == 0 && conv.step_y == 1 &&
+         conv.step_x == 1 && conv.target_step_y == 1 && conv.target_step_x == 1 && conv.grid_height > 1 &&
+         conv.grid_height == conv.source.height && conv.grid_width == conv.source.width &&
+         conv.grid_height == conv.target.height && conv.grid_width == conv.target.width && gapless(conv.source) &&
+         gapless(conv.target);
+}
+
+void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
+  for (const Unit& unit : units) {
+    const int64_t row_bytes = 16 * 4 * std::max<int64_t>(1, unit.live_count) * block_columns;
+    const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
+    const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * parts);
+    const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t r = 0; r < row_parts; ++r)
+        tasks.push_back({&conv, &unit, 1,
+                         Tile{block_rows * p / parts, block_rows * (p + 1) / parts, 0, block_columns,
+                              unit.row_count * r / row_parts, unit.row_count * (r + 1) / row_parts}});
+  }
+}
+
+}  // namespace
+
+Scratch::~Scratch() { std::free(data_); }
+
+void* Scratch::reserve(int64_t bytes) {
+  if (bytes > capacity_) {
+    std::free(data_);
+    capacity_ = ceil_div(bytes + bytes / 4, 64) * 64;
+    data_ = std::aligned_alloc(64, size_t(capacity_));
+    if (data_ == nullptr) {
+      capacity_ = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return data_;
+}
+
+const Kernels& best_kernels() {
+#if defined(__x86_64__)
+  switch (best_isa()) {
+    case Isa::avx512:
+      return avx512::kernels;
+    case Isa::avx2:
+      return avx2::kernels;
+    case Isa::portable:
+      break;
+  }
+#endif
+  return portable::kernels;
+}
+
+void flatten_grid(Convolution& conv) {
+  if (!is_flat(conv)) return;
+  for (Planes* planes : {&conv.source, &conv.target}) {
+    planes->width *= planes->height;
+    planes->row_stride *= planes->height;
+    planes->height = 1;
+  }
+  conv.grid_width *= conv.grid_height;
+  conv.grid_height = 1;
+}
+
+bool can_use_winograd(const Convolution& conv, std::span<const Unit> units) {
+  if (conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 || conv.shift_y != 2 || conv.shift_x != 2 ||
+      conv.target_step_y != 1 || conv.target_step_x != 1)
+    return false;
+  return std::all_of(units.begin(), units.end(), [](const Unit& unit) { return unit.weight_offset == 0; });
+}
+
+void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels, Scratch& scratch) {
+  std::vector<bool> used(size_t(row_count), false);
+  for (const Unit& unit : units)
+    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < row_count; ++r)
+    if (used[size_t(r)]) rows.push_back(r);
+  // Points are a multiple of a cache line apart, but not of a power of two of them: 16 are written at once.
+  const int64_t point_stride = ceil_div(channel_count, 16) * 16 + 16, row_stride = 16 * point_stride;
+  float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
+  constexpr int64_t chunk = 8;
+  const int64_t count = ceil_div(int64_t(rows.size()), chunk);
+  run_tasks(count, 16. * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
+    for (int64_t r = i * chunk; r < std::min((i + 1) * chunk, int64_t(rows.size())); ++r)
+      kernels.winograd_weights(conv, rows[size_t(r)], channel_count, transformed + rows[size_t(r)] * row_stride,
+                               point_stride);
+  });
+  conv.winograd = {transformed, row_stride, point_stride};
+}
+
+void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
+               const Kernels& kernels) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
+  if (height == 0 || width == 0) return;
+  if (conv.winograd.weight != nullptr) {
+    add_winograd_tasks(tasks, conv, units);
+    return;
+  }
+  for (size_t u = 0; u < units.size();) {
+    const Unit& unit = units[u];
+    // Whole rows where they fit, else parts of one row.
+    const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
+    const int64_t row_bytes = pixel_bytes * (width + conv.shift_x);
+    int64_t y_parts = 1, x_block = width;
+    if (row_bytes * (1 + conv.shift_y) <= kSourceBytes) {
+      y_parts = ceil_div(height, std::max<int64_t>(1, kSourceBytes / row_bytes - conv.shift_y));
+    } else {
+      y_parts = height;
+      const int64_t fitting = kSourceBytes / (pixel_bytes * (1 + conv.shift_y)) - conv.shift_x;
+      x_block = std::max<int64_t>(2, fitting / block) * block;
+    }
+    // A last part of less than a register tile joins the one before.
+    const int64_t x_parts = std::max<int64_t>(1, (width + x_block - block) / x_block);
+    // Small units of a frame go together: their geometry is the same.
+    size_t end = u + 1;
+    int64_t row_count = unit.row_count;
+    for (; row_count <= kSmallUnitRows && end < units.size() && units[end].frame == unit.frame && end - u < kUnitsPerTask; ++end)
+      row_count = std::max(row_count, units[end].row_count);
+    const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * y_parts * x_parts);
+    const int64_t row_parts = std::clamp<int64_t>(ceil_div(row_count, kRowsPerTask), 1, wanted);
+    for (int64_t y = 0; y < y_parts; ++y)
+      for (int64_t x = 0; x < x_parts; ++x)
+        for (int64_t r = 0; r < row_parts; ++r)
+          tasks.push_back({&conv, &unit, int64_t(end - u),
+                           Tile{height * y / y_parts, height * (y + 1) / y_parts, x * x_block,
+                                x + 1 == x_parts ? width : (x + 1) * x_block, row_count * r / row_parts,
+                                row_count * (r + 1) / row_parts}});
+    u = end;
+  }
+}
+
+double work(const std::vector<Task>& tasks) {
+  double sum = 0;
+  for (const Task& task : tasks) {
+    const Tile& tile = task.tile;
+    sum += double(tile.y_end - tile.y_begin) * double(tile.x_end - tile.x_begin) *
+           double(tile.row_end - tile.row_begin) *
+           double(task.unit_count * (1 + task.units->live_count * int64_t(task.convolution->taps.size())));
+  }
+  return sum;
+}
+
+void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
+  if (task.convolution->winograd.weight != nullptr)
+    kernels.convolve_winograd(*task.convolution, *task.units, task.tile, scratch);
+  else
+    kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
+}
+
+void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run) {
+  if (count == 0) return;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  const auto worker = [&](int64_t, int64_t) {
+    static thread_local Scratch scratch;
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(i, scratch);
+    } catch (...) {
+      if (!failed.test_and_set()) failure = std::current_exception();
+    }
+  };
+  const int64_t threads = work < kParallelWork ? 1 : std::min(count, int64_t(torch::stable::get_num_threads()));
+  if (threads == 1)
+    worker(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, worker);
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace adakernels

@@ -1,0 +1,75 @@
+#include "tensors.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace adakernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+// The rule by which PyTorch reads a tensor's memory format off its strides: C innermost, then W, H, N.
+bool is_channels_last(const Tensor& tensor) {
+  if (tensor.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (tensor.size(d) == 0 || tensor.stride(d) < least) return false;
+    if (d == 0 && least == tensor.stride(1)) return false;
+    least = tensor.stride(d) * (tensor.size(d) > 1 ? tensor.size(d) : 1);
+  }
+  return true;
+}
+
+}  // namespace
+
+FloatArray floats(const std::optional<Tensor>& tensor) {
+  FloatArray array;
+  if (!tensor.has_value()) return array;
+  Tensor values = tensor->scalar_type() == ScalarType::Float ? *tensor : torch::stable::to(*tensor, ScalarType::Float);
+  if (!values.is_contiguous()) values = torch::stable::contiguous(values);
+  array.data_ = static_cast<const float*>(values.const_data_ptr());
+  array.owner_ = values;
+  return array;
+}
+
+Planes planes_of(const Tensor& tensor) {
+  int64_t extent = tensor.numel() == 0 ? 0 : 1;
+  for (int64_t d = 0; d < 4 && extent > 0; ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
+  return {const_cast<void*>(tensor.const_data_ptr()),
+          tensor.scalar_type() == ScalarType::Float ? Scalar::f32 : Scalar::bf16,
+          extent,
+          tensor.size(2),
+          tensor.size(3),
+          tensor.stride(0),
+          tensor.stride(1),
+          tensor.stride(2),
+          tensor.stride(3)};
+}
+
+Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes) {
+  const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
+  const auto at_least_1 = [](int64_t n) { return n > 0 ? n : 1; };
+  const int64_t c = at_least_1(C), h = at_least_1(H), w = at_least_1(W);
+  const int64_t planar[4] = {c * h * w, h * w, w, 1}, channels_last[4] = {c * h * w, 1, w * c, c};
+  int32_t dtype, device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), is_channels_last(like) ? channels_last : planar,
+                                                  dtype, device, 0, &handle));
+  return Tensor(handle);
+}
+
+PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_count, int64_t channels) {
+  if (!policy.has_value()) return nullptr;
+  STD_TORCH_CHECK(policy->is_contiguous(), "expected a contiguous policy");
+  const auto* values = static_cast<const int64_t*>(policy->const_data_ptr());
+  for (int64_t i = 0; i < frame_count * channels; ++i)
+    STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 2, "expected policy values 0 (keep), 1 (reuse) or 2 (skip), got ",
+                    values[i]);
+  return values;
+}
+
+}  // namespace adakernels

@@ -1,0 +1,38 @@
+// Tensors of the stable ABI as the core sees them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "domain.h"
+#include "routes.h"
+
+namespace adakernels {
+
+// Values of a tensor in logical order as float32: the tensor's own memory where it is that already.
+class FloatArray {
+ public:
+  const float* data() const { return data_; }
+
+ private:
+  friend FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
+  std::optional<torch::stable::Tensor> owner_;
+  const float* data_ = nullptr;
+};
+
+// Null for no tensor.
+FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
+
+// The frames of a float32 or bfloat16 tensor of any strides. [N, C, H, W]
+Planes planes_of(const torch::stable::Tensor& tensor);
+
+// An uninitialised tensor of `like`'s dtype, channels-last where `like` is. sizes: [N, C, H, W]
+torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes);
+
+// Checks that the values of an int64 policy are 0, 1 or 2 and that its rows are contiguous. [N, C]
+PolicyValues policy_values(const std::optional<torch::stable::Tensor>& policy, int64_t frame_count, int64_t channels);
+
+}  // namespace adakernels
