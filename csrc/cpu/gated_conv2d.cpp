@@ -103,8 +103,18 @@ Scratch& call_scratch() {
   return scratch;
 }
 
-// Runs the convolutions over the units they were planned for, and zeroes the channels that no unit writes.
-void run(const std::vector<Task>& tasks, const Planes& target, const FrameChannels& zeros, const Kernels& kernels) {
+// Runs convolutions to one target over the same units, and zeroes the target's channels that no unit writes.
+void run(std::vector<Convolution>& convs, const Problem& problem, const std::vector<Unit>& units, int64_t row_count,
+         int64_t channel_count, const FrameChannels& zeros) {
+  const Kernels& kernels = best_kernels();
+  const Planes target = convs.front().target;
+  std::vector<Task> tasks;
+  for (Convolution& conv : convs) {
+    flatten_grid(conv);
+    if (problem.group_count == 1 && can_use_winograd(conv))
+      transform_weights(conv, units, row_count, channel_count, kernels, call_scratch());
+    add_tasks(tasks, conv, units, kernels);
+  }
   const int64_t count = int64_t(tasks.size()), zero_count = int64_t(zeros.size());
   const int64_t plane = target.height * target.width;
   const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
@@ -120,31 +130,15 @@ void run(const std::vector<Task>& tasks, const Planes& target, const FrameChanne
   });
 }
 
-Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
-                    const Tensor& weight,                    // [C_out, C_in / groups, kh, kw]
-                    const std::optional<Tensor>& bias,       // [C_out]
-                    const std::optional<Tensor>& policy,     // [N, C_out]
-                    const std::optional<Tensor>& in_policy,  // [N, C_in]
-                    int64_t frames, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                    std::vector<int64_t> dilation, int64_t groups, int64_t activation) {
-  const Problem problem = problem_of(input, weight, frames, stride, padding, dilation, groups);
-  const int64_t N = problem.frame_count;
-  const auto out_policy = policy_values(policy, N, problem.out_channels);
-  const auto live_policy = policy_values(in_policy, N, problem.in_channels);
-
-  Tensor output = empty_like_format(input, {N, problem.out_channels, problem.y.output(input.size(2)),
-                                            problem.x.output(input.size(3))});
-  if (output.numel() == 0) return output;
-  const FloatArray weights = floats(weight), biases = floats(bias);
-
+// The convolution from `input` to `output`, without its operands' values.
+Convolution forward_convolution(const Problem& problem,
+                                const Tensor& input,     // [N, C_in, H, W]
+                                const Tensor& output) {  // [N, C_out, H', W']
   Convolution conv = {};
   conv.source = planes_of(input);
   conv.target = planes_of(output);
-  conv.weight = weights.data();
   conv.weight_row = problem.group_in() * problem.taps();
   conv.weight_channel = problem.taps();
-  conv.bias = biases.data();
-  conv.activation = Activation(activation);
   conv.grid_height = output.size(2);
   conv.grid_width = output.size(3);
   conv.step_y = problem.y.stride;
@@ -157,26 +151,182 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
                            .dx = int32_t(kx * problem.x.dilation - problem.x.padding),
                            .weight = int32_t(ky * problem.x.size + kx)});
   lay_out_taps(conv);
+  return conv;
+}
+
+// The convolutions that make the input's gradient from the output's: one for each position of an input pixel
+// between output pixels, that is for each remainder by the stride.
+std::vector<Convolution> input_gradient_convolutions(const Problem& problem,
+                                                     const Tensor& grad_output,   // [N, C_out, H', W']
+                                                     const Tensor& grad_input) {  // [N, C_in, H, W]
+  std::vector<Convolution> convs;
+  for (int64_t ry = 0; ry < std::min(problem.y.stride, grad_input.size(2)); ++ry)
+    for (int64_t rx = 0; rx < std::min(problem.x.stride, grad_input.size(3)); ++rx) {
+      Convolution conv = {};
+      conv.source = planes_of(grad_output);
+      conv.target = planes_of(grad_input);
+      conv.weight_row = problem.taps();
+      conv.weight_channel = problem.group_in() * problem.taps();
+      conv.grid_height = (grad_input.size(2) - ry + problem.y.stride - 1) / problem.y.stride;
+      conv.grid_width = (grad_input.size(3) - rx + problem.x.stride - 1) / problem.x.stride;
+      conv.step_y = conv.step_x = 1;
+      conv.target_y = ry;
+      conv.target_x = rx;
+      conv.target_step_y = problem.y.stride;
+      conv.target_step_x = problem.x.stride;
+      for (int64_t ky = 0; ky < problem.y.size; ++ky)
+        for (int64_t kx = 0; kx < problem.x.size; ++kx) {
+          const int64_t dy = ry + problem.y.padding - ky * problem.y.dilation;
+          const int64_t dx = rx + problem.x.padding - kx * problem.x.dilation;
+          if (dy % problem.y.stride == 0 && dx % problem.x.stride == 0)
+            conv.taps.push_back({.dy = int32_t(dy / problem.y.stride),
+                                 .dx = int32_t(dx / problem.x.stride),
+                                 .weight = int32_t(ky * problem.x.size + kx)});
+        }
+      lay_out_taps(conv);
+      convs.push_back(std::move(conv));
+    }
+  return convs;
+}
+
+Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
+                    const Tensor& weight,                    // [C_out, C_in / groups, kh, kw]
+                    const std::optional<Tensor>& bias,       // [C_out]
+                    const std::optional<Tensor>& policy,     // [N, C_out]
+                    const std::optional<Tensor>& in_policy,  // [N, C_in]
+                    int64_t frames, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                    std::vector<int64_t> dilation, int64_t groups, int64_t activation) {
+  const Problem problem = problem_of(input, weight, frames, stride, padding, dilation, groups);
+  const int64_t N = problem.frame_count;
+  const auto out_policy = policy_values(policy, N, problem.out_channels, "gated_conv2d", "policy");
+  const auto live_policy = policy_values(in_policy, N, problem.in_channels, "gated_conv2d", "in_policy");
+
+  Tensor output = empty_like_format(input, {N, problem.out_channels, problem.y.output(input.size(2)),
+                                            problem.x.output(input.size(3))});
+  if (output.numel() == 0) return output;
+  const FloatArray weights = floats(weight), biases = floats(bias);
+
+  Convolution conv = forward_convolution(problem, input, output);
+  conv.weight = weights.data();
+  conv.bias = biases.data();
+  conv.activation = Activation(activation);
 
   const FrameRoutes rows = computed_routes(out_policy, N, problem.out_channels, frames);
   const FrameRoutes live = live_routes(live_policy, N, problem.in_channels);
   const FrameChannels zeros = zero_channels(out_policy, N, problem.out_channels, frames);
   const std::vector<Unit> units = units_of(problem, rows, problem.group_out(), live, problem.group_in());
-  const Kernels& kernels = best_kernels();
-  const Planes target = conv.target;
-  flatten_grid(conv);
-  if (problem.group_count == 1 && can_use_winograd(conv, units))
-    transform_weights(conv, units, problem.out_channels, problem.in_channels, kernels, call_scratch());
-  std::vector<Task> tasks;
-  add_tasks(tasks, conv, units, kernels);
-  run(tasks, target, zeros, kernels);
+  std::vector<Convolution> convs = {std::move(conv)};
+  run(convs, problem, units, problem.out_channels, problem.in_channels, zeros);
   return output;
+}
+
+Tensor input_gradient(const Problem& problem,
+                      const Tensor& grad_output,  // [N, C_out, H', W']
+                      const Tensor& input,        // [N, C_in, H, W]
+                      const Tensor& weight,       // [C_out, C_in / groups, kh, kw]
+                      const FrameRoutes& computed, const FrameRoutes& live, const FrameChannels& dead) {
+  Tensor grad_input = empty_like_format(input, {input.size(0), input.size(1), input.size(2), input.size(3)});
+  if (grad_input.numel() == 0) return grad_input;
+  const FloatArray weights = floats(weight);
+  std::vector<Convolution> convs = input_gradient_convolutions(problem, grad_output, grad_input);
+  for (Convolution& conv : convs) conv.weight = weights.data();
+  // The lists change roles: live input channels are computed from the computed output channels.
+  const std::vector<Unit> units = units_of(problem, live, problem.group_in(), computed, problem.group_out());
+  run(convs, problem, units, problem.in_channels, problem.out_channels, dead);
+  return grad_input;
+}
+
+// Sums over frames, one after the other, so that the result does not depend on the number of threads.
+void add_parameter_gradients(const Problem& problem,
+                             const Tensor& grad_output,  // [N, C_out, H', W']
+                             const Tensor& input,        // [N, C_in, H, W]
+                             const FrameRoutes& computed, const FrameRoutes& live,
+                             float* grad_weight,  // [C_out, C_in / groups, kh, kw], or null
+                             float* grad_bias) {  // [C_out], or null
+  const Kernels& kernels = best_kernels();
+  const Convolution conv = forward_convolution(problem, input, grad_output);
+  const Planes gradient = conv.target;
+  const std::vector<Unit> units = units_of(problem, computed, problem.group_out(), live, problem.group_in());
+  const int64_t points = kernels.gradient_points(conv), stride = points + kernels.lanes;
+  const int64_t taps = problem.taps();
+  const int64_t live_per_task = std::max<int64_t>(1, 2 * kernels.pixel_block / taps);
+  struct Part {
+    const Unit* unit;
+    int64_t first_row, live_begin, live_end;
+  };
+  std::vector<double> bias_sums(size_t(problem.out_channels), 0.);
+  for (size_t begin = 0; begin < units.size();) {
+    size_t end = begin;
+    std::vector<Part> parts;
+    int64_t row_count = 0;
+    for (; end < units.size() && units[end].frame == units[begin].frame; ++end) {
+      const Unit& unit = units[end];
+      for (int64_t i = 0; i < unit.live_count; i += live_per_task)
+        parts.push_back({&unit, row_count, i, std::min(i + live_per_task, unit.live_count)});
+      row_count += unit.row_count;
+    }
+    // Units of a frame hold the frame's routes one after the other.
+    const std::span<const Route> rows = computed[units[begin].frame];
+    float* gradients = static_cast<float*>(call_scratch().reserve(row_count * stride * 4));
+    run_tasks(row_count, double(row_count * points) / 4, [&](int64_t r, Scratch&) {
+      const Route& row = rows[size_t(r)];
+      kernels.copy_gradient(conv, gradient, units[begin].frame, row, gradients + r * stride);
+      if (grad_bias != nullptr)
+        for (int64_t i = 0; i < points; ++i) bias_sums[size_t(row.channel)] += double(gradients[r * stride + i]);
+    });
+    if (grad_weight != nullptr)
+      run_tasks(int64_t(parts.size()), double(row_count * points * taps) * double(live_per_task), [&](int64_t i, Scratch& scratch) {
+        const Part& part = parts[size_t(i)];
+        kernels.add_weight_gradient(conv, *part.unit, gradients + part.first_row * stride, part.live_begin,
+                                    part.live_end, grad_weight, scratch);
+      });
+    begin = end;
+  }
+  if (grad_bias != nullptr)
+    for (size_t c = 0; c < bias_sums.size(); ++c) grad_bias[c] = float(bias_sums[c]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
+    const Tensor& grad_output,               // [N, C_out, H', W']
+    const Tensor& input,                     // [N, C_in, H, W]
+    const Tensor& weight,                    // [C_out, C_in / groups, kh, kw]
+    const std::optional<Tensor>& policy,     // [N, C_out]
+    const std::optional<Tensor>& in_policy,  // [N, C_in]
+    int64_t frames, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+    int64_t groups, bool want_input, bool want_weight, bool want_bias) {
+  const Problem problem = problem_of(input, weight, frames, stride, padding, dilation, groups);
+  const int64_t N = problem.frame_count;
+  const auto out_policy = policy_values(policy, N, problem.out_channels, "gated_conv2d", "policy");
+  const auto live_policy = policy_values(in_policy, N, problem.in_channels, "gated_conv2d", "in_policy");
+  const FrameRoutes computed = computed_routes(out_policy, N, problem.out_channels, frames);
+  const FrameRoutes live = live_routes(live_policy, N, problem.in_channels);
+
+  Tensor grad_input = want_input ? input_gradient(problem, grad_output, input, weight, computed, live,
+                                                  dead_channels(live_policy, N, problem.in_channels))
+                                 : torch::stable::new_empty(input, {0});
+  using torch::headeronly::ScalarType;
+  const auto zeros = [&](const std::vector<int64_t>& sizes) {
+    return torch::stable::new_zeros(weight, sizes, ScalarType::Float);
+  };
+  Tensor grad_weight = zeros(want_weight ? std::vector<int64_t>{weight.size(0), weight.size(1), weight.size(2),
+                                                                weight.size(3)}
+                                         : std::vector<int64_t>{0});
+  Tensor grad_bias = zeros({want_bias ? problem.out_channels : 0});
+  if (grad_output.numel() > 0 && (want_weight || want_bias))
+    add_parameter_gradients(problem, grad_output, input, computed, live,
+                            want_weight ? static_cast<float*>(grad_weight.mutable_data_ptr()) : nullptr,
+                            want_bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr);
+  const auto in_dtype = [&](const Tensor& tensor) {
+    return weight.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, weight.scalar_type());
+  };
+  return {grad_input, in_dtype(grad_weight), in_dtype(grad_bias)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(adakernels, CPU, m) {
   m.impl("gated_conv2d", TORCH_BOX(&gated_conv2d));
+  m.impl("gated_conv2d_backward", TORCH_BOX(&gated_conv2d_backward));
 }
 
 }  // namespace adakernels

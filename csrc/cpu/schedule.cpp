@@ -95,11 +95,9 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
-bool can_use_winograd(const Convolution& conv, std::span<const Unit> units) {
-  if (conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 || conv.shift_y != 2 || conv.shift_x != 2 ||
-      conv.target_step_y != 1 || conv.target_step_x != 1)
-    return false;
-  return std::all_of(units.begin(), units.end(), [](const Unit& unit) { return unit.weight_offset == 0; });
+bool can_use_winograd(const Convolution& conv) {
+  return conv.taps.size() == 9 && conv.step_y == 1 && conv.step_x == 1 && conv.shift_y == 2 && conv.shift_x == 2 &&
+         conv.target_step_y == 1 && conv.target_step_x == 1;
 }
 
 void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,

@@ -14,8 +14,8 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// Whether all taps make one undilated 3x3 kernel at stride 1 over ungrouped channels, which Winograd's method takes.
-bool can_use_winograd(const Convolution& convolution, std::span<const Unit> units);
+// Whether the taps make an undilated 3x3 kernel at stride 1, and Winograd's method is the faster one.
+bool can_use_winograd(const Convolution& convolution);
 
 // Transforms the 3x3 kernels of the rows that units name into `scratch`, and has `convolution` use them.
 void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_count, int64_t channel_count,

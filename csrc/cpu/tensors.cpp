@@ -10,14 +10,12 @@ using torch::stable::Tensor;
 
 namespace {
 
-// The rule by which PyTorch reads a tensor's memory format off its strides: C innermost, then W, H, N.
 bool is_channels_last(const Tensor& tensor) {
-  if (tensor.stride(1) == 0) return false;
-  int64_t least = 0;
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
   for (const int64_t d : {1, 3, 2, 0}) {
-    if (tensor.size(d) == 0 || tensor.stride(d) < least) return false;
-    if (d == 0 && least == tensor.stride(1)) return false;
-    least = tensor.stride(d) * (tensor.size(d) > 1 ? tensor.size(d) : 1);
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
   }
   return true;
 }
@@ -62,13 +60,14 @@ Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes) 
   return Tensor(handle);
 }
 
-PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_count, int64_t channels) {
+PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_count, int64_t channels, const char* op,
+                           const char* name) {
   if (!policy.has_value()) return nullptr;
   STD_TORCH_CHECK(policy->is_contiguous(), "expected a contiguous policy");
   const auto* values = static_cast<const int64_t*>(policy->const_data_ptr());
   for (int64_t i = 0; i < frame_count * channels; ++i)
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 2, "expected policy values 0 (keep), 1 (reuse) or 2 (skip), got ",
-                    values[i]);
+    STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 2, op, ": expected ", name,
+                    " values 0 (KEEP), 1 (REUSE) or 2 (SKIP), got ", values[i]);
   return values;
 }
 

@@ -29,10 +29,11 @@ FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
 // The frames of a float32 or bfloat16 tensor of any strides. [N, C, H, W]
 Planes planes_of(const torch::stable::Tensor& tensor);
 
-// An uninitialised tensor of `like`'s dtype, channels-last where `like` is. sizes: [N, C, H, W]
+// An uninitialised tensor of `like`'s dtype, channels-last where `like` is that and not contiguous. sizes: [N, C, H, W]
 torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes);
 
-// Checks that the values of an int64 policy are 0, 1 or 2 and that its rows are contiguous. [N, C]
-PolicyValues policy_values(const std::optional<torch::stable::Tensor>& policy, int64_t frame_count, int64_t channels);
+// A contiguous int64 policy; throws unless its values are 0, 1 or 2. op, name: whose argument it is. [N, C]
+PolicyValues policy_values(const std::optional<torch::stable::Tensor>& policy, int64_t frame_count, int64_t channels,
+                           const char* op, const char* name);
 
 }  // namespace adakernels

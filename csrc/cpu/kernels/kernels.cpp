@@ -1,10 +1,12 @@
 #include "kernels.h"
 
 #include "direct.h"
+#include "weight_gradient.h"
 #include "winograd.h"
 
 namespace adakernels::ADAKERNELS_ISA {
 
-const Kernels kernels = {kRows, kVectors * kLanes, convolve_direct, convolve_winograd, winograd_weights};
+const Kernels kernels = {kRows, kVectors * kLanes, kLanes, convolve_direct, convolve_winograd,
+                         winograd_weights, gradient_points, copy_gradient, add_weight_gradient};
 
 }  // namespace adakernels::ADAKERNELS_ISA

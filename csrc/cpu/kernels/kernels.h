@@ -22,7 +22,7 @@ class Scratch {
 
 struct Kernels {
   // Rows that one register tile takes, and the pixels it spans.
-  int row_block, pixel_block;
+  int row_block, pixel_block, lanes;
   // Computes and stores one tile of each of some units of one frame.
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
@@ -30,6 +30,13 @@ struct Kernels {
   // The transformed kernels of one row of weights for all `channel_count` channels.
   void (*winograd_weights)(const Convolution&, int64_t row, int64_t channel_count, float* transformed,
                            int64_t point_stride);
+  // Grid points of a frame as the two functions below number them.
+  int64_t (*gradient_points)(const Convolution&);
+  // Copies one row's gradient plane to `points`: [gradient_points + lanes].
+  void (*copy_gradient)(const Convolution&, const Planes& gradient, int64_t frame, const Route& row, float* points);
+  // Adds a unit's part to the weight gradient, for some of its live channels. gradients: [rows][gradient_points + lanes]
+  void (*add_weight_gradient)(const Convolution&, const Unit&, const float* gradients, int64_t live_begin,
+                              int64_t live_end, float* grad_weight, Scratch&);
 };
 
 namespace portable {
