@@ -94,8 +94,8 @@ class Target:
     """A row of the result table: which records it gathers, which of their numbers it judges, and the goals.
 
     `metric` is a key of records; `worst` bounds every case and `mean` their geometric mean, in the direction
-    that `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means
-    that the row is shown but not judged on that. `updated` and `cases` narrow the family down.
+    that `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None
+    means that the row is shown but not judged on that. `updated` and `cases` narrow the family down.
     """
 
     label: str
