@@ -11,6 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
+.DELETE_ON_ERROR:
 .PHONY: build test bench lint typecheck clean
 
 test: build
@@ -62,6 +63,7 @@ build/native: $(VENV)/tools setup.py CMakeLists.txt $(shell find csrc)
 	$(RUN) setup.py --quiet build_ext --inplace
 	@touch $@
 
+# In this mode the checkout comes first on the path, before an adakernels among the packages that are lent.
 $(VENV)/installed: build/native pyproject.toml
-	$(PIP) install --quiet --no-build-isolation --editable '.[lint,test]'
+	$(PIP) install --quiet --no-build-isolation --config-settings editable_mode=compat --editable '.[lint,test]'
 	@touch $@

@@ -1,9 +1,9 @@
 """Drives the native build of CMakeLists.txt.
 
-torch is no build requirement, because an isolated build would then fetch a second one. It is looked for in the
-environment that runs the build, also from inside pip's isolated environment, whose interpreter is the one that
-the package is installed for. Where something that the native build needs is missing, the package is built
-without native code, and `python -m adakernels info` tells why.
+torch is no build requirement, because an isolated build would then fetch a second one. It is looked for in
+the environment that runs the build, also from inside pip's isolated environment, whose interpreter is the one
+that the package is installed for. Where something that the native build needs is missing, the package is
+built without native code, and `python -m adakernels info` tells why.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -70,7 +71,7 @@ def run_cmake() -> Path:
     """Builds all targets and returns the folder that they lie in. Raises NativeBuildImpossible."""
     torch = find_torch()
     if torch is None:
-        raise NativeBuildImpossible(f"there was no torch for {sys.executable}; install torch first")
+        raise NativeBuildImpossible(f"{sys.executable} had no torch; it has to be there before adakernels")
     if tuple(int(part) for part in torch["version"].split(".")[:2]) < OLDEST_TORCH:
         raise NativeBuildImpossible(f"torch {torch['version']} is too old; 2.10 or newer is needed")
     if find_compiler() is None:
@@ -78,24 +79,28 @@ def run_cmake() -> Path:
     cmake = find_tool("cmake", "CMAKE_BIN_DIR")
     ninja = find_tool("ninja", "BIN_DIR")
     if cmake is None or ninja is None:
-        raise NativeBuildImpossible("cmake or ninja is missing; pip install cmake ninja pybind11")
+        raise NativeBuildImpossible("cmake or ninja is missing; pip install cmake ninja")
     try:
-        pybind11 = importlib.import_module("pybind11").get_cmake_dir()
+        pybind11 = importlib.import_module("pybind11").get_include()
     except ImportError:
-        raise NativeBuildImpossible("pybind11 is missing; pip install cmake ninja pybind11") from None
+        pybind11 = str(Path(torch["folder"], "include"))  # torch's own copy
     build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     definitions = {
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11,
         "ADAKERNELS_TORCH_DIR": torch["folder"],
         "ADAKERNELS_TORCH_VERSION": torch["version"],
         "ADAKERNELS_TORCH_CUDA": torch["cuda"],
+        "ADAKERNELS_PYBIND11_INCLUDE_DIR": pybind11,
         "ADAKERNELS_CUDA": os.environ.get("ADAKERNELS_CUDA", "auto"),
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-    subprocess.run(configure + [f"-D{name}={value}" for name, value in definitions.items()], check=True)
-    subprocess.run([cmake, "--build", str(build)], check=True)
+    for command in (
+        configure + [f"-D{name}={value}" for name, value in definitions.items()],
+        [cmake, "--build", str(build)],
+    ):
+        if subprocess.run(command).returncode != 0:
+            raise CompileError("CMake failed; the reason is in its output above")
     return build / "adakernels"
 
 

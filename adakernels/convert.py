@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -28,9 +28,10 @@ def convert(
 ) -> _Model:
     """Turns a ResNet for images, in place, into one that works on the frames of clips.
 
-    The model keeps its class, its own forward, its parameters and their names; its residual blocks are replaced
-    by gated ones and gain policy heads (`layer1.0.policy.*`). It then takes [B * frames, 3, H, W], frame t of
-    clip b in row b * frames + t, and gives one row per frame: average them over the clip.
+    The model keeps its class, its own forward, its parameters and their names; gated blocks take the place of
+    its residual blocks and bring policy heads along (`layer1.0.policy.*`). It then takes frames of clips,
+    [B * frames, 3, H, W] with frame t of clip b in row b * frames + t, and gives one row per frame: average
+    them over the clip.
 
     Args:
         model: torchvision's ResNet, one of `ak.models`, or any other with stages `layer1` to `layer4` whose
@@ -46,8 +47,8 @@ def convert(
         `model`.
 
     Raises:
-        ValueError: for an unknown method, fewer frames than one or a stage that does not exist, and for a model
-            with blocks that can not be gated or already are; the model is then unchanged.
+        ValueError: for an unknown method, fewer frames than one or a stage that does not exist, and for a
+            model with blocks that can't be gated or already are; the model is then unchanged.
     """
     if method != "adafuse":
         raise ValueError(f"convert: expected method to be 'adafuse', got {method!r}")
@@ -56,7 +57,9 @@ def convert(
     for stage in (1, 2, 3, 4):
         layer = getattr(model, f"layer{stage}", None)
         if not isinstance(layer, nn.Module) or not len(list(layer.children())):
-            raise ValueError(f"convert: {type(model).__name__} has no residual blocks in layer{stage} to gate")
+            raise ValueError(
+                f"convert: {type(model).__name__} has no residual blocks in layer{stage} to gate"
+            )
         for name, block in layer.named_children():
             replacements.append((layer, name, _gateable(block, f"layer{stage}.{name}")))
     for layer, name, block in replacements:
@@ -75,23 +78,26 @@ def _gateable(block: nn.Module, name: str) -> ResidualBlock:
     relu = parts.pop("relu", None)
     if set(parts) not in (_BASIC_PARTS, _BOTTLENECK_PARTS):
         raise ValueError(
-            f"convert: block {name} ({type(block).__name__}) can not be gated: expected the parts "
+            f"convert: block {name} ({type(block).__name__}) can't be gated: expected the parts "
             f"{sorted(_BASIC_PARTS)} or {sorted(_BOTTLENECK_PARTS)}, got {sorted(parts)}"
         )
     if not isinstance(relu, nn.ReLU | None):
-        raise ValueError(f"convert: block {name} can not be gated: its activation is {type(relu).__name__}, not ReLU")
+        raise ValueError(
+            f"convert: block {name} can't be gated: its activation is {type(relu).__name__}, not ReLU"
+        )
     layers = []
     for i in range(1, len(parts) // 2 + 1):
         conv = parts[f"conv{i}"]
         if type(conv) is not nn.Conv2d:
             raise ValueError(
-                f"convert: block {name} can not be gated: its conv{i} is a {type(conv).__name__}, not a Conv2d"
+                f"convert: block {name} can't be gated: its conv{i} is a {type(conv).__name__}, not a Conv2d"
             )
         layers.append((GatedConv2d.from_conv2d(conv), parts[f"bn{i}"]))
     if isinstance(downsample, nn.Sequential) and [type(m) for m in downsample] == [nn.Conv2d, nn.BatchNorm2d]:
-        conv, norm = downsample
-        downsample = Downsample(GatedConv2d.from_conv2d(conv), norm)
+        training = downsample.training
+        downsample = Downsample(GatedConv2d.from_conv2d(cast(nn.Conv2d, downsample[0])), downsample[1])
+        # Not .train(), which would reach into the parts: a frozen normalisation keeps its mode.
+        downsample.training = training
     replacement = ResidualBlock(layers, downsample)
-    # Not .train(), which would reach into the parts: a frozen normalisation keeps its mode.
     replacement.training = block.training
     return replacement

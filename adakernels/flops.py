@@ -31,7 +31,7 @@ def record(op: str, dense: float, actual: Tensor) -> None:
 
 
 def record_dense(op: str, output: Tensor, reduction: int) -> None:
-    """Records a linear operator without policy that sums `reduction` products for each element of `output`."""
+    """Records an operator without policy that sums `reduction` products for each element of `output`."""
     row = float(math.prod(output.shape[1:]) * reduction)
     actual = torch.full(output.shape[:1], row, dtype=torch.float64, device=output.device)
     record(op, row, actual)
@@ -56,8 +56,8 @@ class FlopCount:
 def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
     """Runs `model(*inputs)` in its present mode, without gradients, and counts its work.
 
-    Counted are the operators of this package, the policy heads, and `torch.nn` convolution and linear modules;
-    not normalisation, activation and pooling, nor convolutions called as functions of `torch`.
+    Counted are the operators of this package, the policy heads, and the convolution and linear modules of
+    `torch.nn`; not normalisation, activation and pooling, nor convolutions called as functions of `torch`.
 
     Args:
         model: any module. A sample is a row of its (first) output: a clip where logits are averaged over

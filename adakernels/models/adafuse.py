@@ -1,9 +1,9 @@
-"""AdaFuse on ResNet: channels of each residual block's first convolution are kept, reused or skipped over time."""
+"""AdaFuse on ResNet: the first convolution of a residual block keeps, reuses or skips channels over time."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class AdaFuseResNet(ResNet):
         self._frames = frames
         for _, block in self.blocks():
             block.frames = frames
+
+    @overload
+    def forward(self, input: Tensor, *, return_policies: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input: Tensor, *, return_policies: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
     def forward(
         self,
@@ -113,22 +121,23 @@ class AdaFuseResNet(ResNet):
             if key in state_dict and state_dict[key].shape != self.get_parameter(key).shape:
                 del state_dict[key]
         own = self.state_dict()
-        missing = [key for key in own if key not in state_dict]
+        # Checkpoints from before torch 0.4.1 have no num_batches_tracked, and need none.
+        optional = ("fc.weight", "fc.bias", ".num_batches_tracked")
+        lacking = [
+            key
+            for key in own
+            if key not in state_dict and ".policy." not in key and not key.endswith(optional)
+        ]
         unexpected = [key for key in state_dict if key not in own]
-        lacking = [key for key in missing if not key.startswith("fc.") and ".policy." not in key]
         if lacking or unexpected:
-            raise ValueError(
-                f"AdaFuseResNet: the checkpoint lacks {lacking or 'nothing'} and has {unexpected or 'nothing'} "
-                "that the model has no place for"
-            )
-        self.load_state_dict(state_dict, strict=False)
-        return missing
+            raise ValueError(f"load_backbone: the checkpoint lacks {lacking} and has unknown {unexpected}")
+        return list(self.load_state_dict(state_dict, strict=False).missing_keys)
 
     def sample_policies(self, enabled: bool = True, generator: torch.Generator | None = None) -> None:
         """Makes the policies of evaluation random draws (`enabled`) or the most likely choice (the default).
 
         Args:
-            generator: source of the random numbers, also of those drawn in training; None is the device's own.
+            generator: source of the random numbers, in training too; None is the device's own.
         """
         for module in self.modules():
             if isinstance(module, ChannelPolicy):
@@ -169,7 +178,9 @@ def check_gating(frames: int, gated_stages: Collection[int] | None) -> None:
     if frames < 1:
         raise ValueError(f"expected frames to be positive, got {frames}")
     if gated_stages is not None and not set(gated_stages) <= {1, 2, 3, 4}:
-        raise ValueError(f"expected gated_stages to be among 1, 2, 3, 4 (layer1 to layer4), got {gated_stages}")
+        raise ValueError(
+            f"expected gated_stages to be among 1, 2, 3, 4 (layer1 to layer4), got {gated_stages}"
+        )
 
 
 def adafuse_resnet18(

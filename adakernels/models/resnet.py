@@ -1,12 +1,13 @@
 """ResNet (He et al., 2016) whose residual blocks can be gated and shifted in time.
 
-Parameters carry the names of torchvision's ResNet, so that its checkpoints load by key. As there, bottlenecks put
-their stride in the 3x3 convolution.
+Parameters carry the names of torchvision's ResNet, so that its checkpoints load by key. As there, bottlenecks
+put their stride in the 3x3 convolution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -31,6 +32,13 @@ class ResidualBlock(nn.Module):
         shift: whether to shift channels in time at the head of the branch, before `conv1` and the policy.
         frames: frames per clip, as the policy and the shift need to know.
     """
+
+    conv1: GatedConv2d
+    bn1: nn.Module
+    conv2: GatedConv2d
+    bn2: nn.Module
+    conv3: GatedConv2d
+    bn3: nn.Module
 
     def __init__(
         self,
@@ -76,7 +84,7 @@ class Downsample(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # [N, C_in, H, W]
         """The shortcut, [N, C_out, H', W']."""
         conv, norm = self
-        return conv_norm_act(conv, norm, None, input)
+        return conv_norm_act(cast(GatedConv2d, conv), norm, None, input)
 
 
 class ResNet(nn.Module):

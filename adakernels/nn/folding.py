@@ -93,7 +93,7 @@ class FoldCache:
             return entry[2]
         with torch.inference_mode(False), torch.no_grad():
             result = fold_batch_norm(weight, bias, norm)
-            # The aliases keep the storages alive, so that no other tensor can come to lie at the same address.
+            # The aliases keep the storages alive, so that no other tensor can get their addresses.
             self._entry = (key, tuple(t.detach() for t in sources), result)
         return result
 

@@ -23,10 +23,10 @@ _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class GatedConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that computes, per frame, only the output channels a policy asks for (AdaFuse, Eq. 3).
+    """`torch.nn.Conv2d` that computes, per frame, only the channels a policy asks for (AdaFuse, Eq. 3).
 
-    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that module
-    when called without a policy.
+    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that
+    module when called without a policy.
 
     Args:
         norm: normalisation of the computed features, applied before they are fused over time: a module, or a
@@ -116,7 +116,7 @@ def conv_norm_act(
     frames: int = 1,
     in_policy: Tensor | None = None,  # [N, C_in]
 ) -> Tensor:
-    """`temporal_fuse(activation(norm(conv(input))), policy)` for a norm that `conv` may or may not hold itself.
+    """`temporal_fuse(activation(norm(conv(input))), policy)`, for a norm that `conv` need not hold itself.
 
     Where `norm` is an affine map with fixed coefficients it is folded into the weights, and only the channels
     that `policy` asks for are computed. Batch statistics need every channel: then the convolution is dense.

@@ -12,10 +12,10 @@ def temporal_shift(
     frames: int,
     divisor: int = 8,
 ) -> Tensor:
-    """Moves the first 1/`divisor` of the channels one frame back in time and the next 1/`divisor` one frame on.
+    """Moves 1/`divisor` of the channels one frame back in time and another 1/`divisor` one frame on.
 
-    Channel i < C // divisor of frame t comes from frame t + 1, the next C // divisor channels from frame t - 1,
-    the rest stays; what would come from outside the clip is zero (Lin et al., TSM, 2019, bi-directional shift).
+    Channels i < C // divisor of frame t come from frame t + 1, the next C // divisor from frame t - 1, and
+    the rest stays; what would come from outside the clip is zero (Lin et al., TSM, 2019, both directions).
 
     Args:
         frames: frames per clip; row b * frames + t of `input` is frame t of clip b.

@@ -17,10 +17,25 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def check_value(condition: bool, message: Callable[[], str]) -> None:
+    """Raise `ValueError` with the message where the condition does not hold."""
+    # Decided here, since torch can't trace a message about symbolic sizes.
+    if not condition:
+        torch._check_value(False, message)
+
+
+def check_type(condition: bool, message: Callable[[], str]) -> None:
+    """Raise `TypeError` with the message where the condition does not hold."""
+    if not condition:
+        torch._check_type(False, message)
+
+
 def facts(op: str, name: str, tensor: Any) -> Facts:
     """Shape, dtype and device of an argument, which must be a tensor."""
-    if not isinstance(tensor, Tensor):
-        torch._check_type(False, lambda: f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}")
+    check_type(
+        isinstance(tensor, Tensor),
+        lambda: f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}",
+    )
     return tensor.shape, tensor.dtype, tensor.device
 
 
@@ -32,39 +47,37 @@ def optional_facts(op: str, name: str, tensor: Any) -> Facts | None:
 def check_rank(op: str, name: str, shape: torch.Size, letters: str) -> None:
     """`letters` names the dimensions, such as "N, C_in, H, W"."""
     rank = letters.count(",") + 1
-    torch._check_value(
+    check_value(
         len(shape) == rank,
         lambda: f"{op}: expected {name} of rank {rank} [{letters}], got shape {list(shape)}",
     )
 
 
 def check_shape(op: str, name: str, shape: torch.Size, expected: Sequence[int], letters: str) -> None:
-    torch._check_value(
+    check_value(
         tuple(shape) == tuple(expected),
         lambda: f"{op}: expected {name} of shape [{letters}] = {list(expected)}, got {list(shape)}",
     )
 
 
 def check_float(op: str, name: str, dtype: torch.dtype) -> None:
-    torch._check_type(
+    check_type(
         dtype in FLOATS,
         lambda: f"{op}: expected {name} of dtype float32, float64, float16 or bfloat16, got {_name(dtype)}",
     )
 
 
 def check_integer(op: str, name: str, dtype: torch.dtype) -> None:
-    torch._check_type(
-        dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {_name(dtype)}"
-    )
+    check_type(dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {_name(dtype)}")
 
 
 def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts, dtype: bool = True) -> None:
     """Same device and, unless told otherwise, same dtype as another tensor."""
-    torch._check_value(
+    check_value(
         tensor[2] == other[2],
         lambda: f"{op}: expected {name} on the device of {other_name}, '{other[2]}', got '{tensor[2]}'",
     )
-    torch._check_type(
+    check_type(
         not dtype or tensor[1] == other[1],
         lambda: (
             f"{op}: expected {name} of the dtype of {other_name}, {_name(other[1])}, got {_name(tensor[1])}"
@@ -74,12 +87,12 @@ def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts,
 
 def check_frames(op: str, frames: Any, batch: int) -> None:
     """`frames` is the clip length T: an int of at least 1 that divides the batch."""
-    torch._check_type(
+    check_type(
         isinstance(frames, int) and not isinstance(frames, bool),
         lambda: f"{op}: expected frames to be an int, got {type(frames).__name__}",
     )
-    torch._check_value(frames >= 1, lambda: f"{op}: expected frames of at least 1, got {frames}")
-    torch._check_value(
+    check_value(frames >= 1, lambda: f"{op}: expected frames of at least 1, got {frames}")
+    check_value(
         batch % frames == 0,
         lambda: f"{op}: expected a batch of whole clips of frames = {frames}, got N = {batch}",
     )

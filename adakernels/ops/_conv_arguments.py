@@ -58,17 +58,17 @@ def conv_arguments(
     _checks.check_rank(op, "input", input[0], f"N, C_in, {image}" if rank == 2 else f"B, C_in, {image}")
     _checks.check_rank(op, "weight", weight[0], f"C_out, C_in/groups, {kernel}")
     _checks.check_same(op, "weight", weight, "input", input)
-    torch._check_value(
+    _checks.check_value(
         all(size >= 1 for size in weight[0]),
         lambda: f"{op}: expected weight without empty dimensions, got shape {list(weight[0])}",
     )
     groups = _integer(op, "groups", groups, 1)
     channels, out_channels = input[0][1], weight[0][0]
-    torch._check_value(
+    _checks.check_value(
         channels % groups == 0 and out_channels % groups == 0,
         lambda: f"{op}: expected groups to divide C_in = {channels} and C_out = {out_channels}, got {groups}",
     )
-    torch._check_value(
+    _checks.check_value(
         weight[0][1] * groups == channels,
         lambda: (
             f"{op}: expected weight of shape [C_out, C_in/groups, {kernel}] with C_in/groups = "
@@ -85,14 +85,14 @@ def conv_arguments(
     padded = tuple(size + 2 * p for size, p in zip(input[0][2:], paddings, strict=True))
     if pad:
         padded = tuple(size + extra for size, extra in zip(padded, reversed(pad[1::2]), strict=True))
-    torch._check_value(
+    _checks.check_value(
         all(size > r for size, r in zip(padded, reach, strict=True)),
         lambda: (
             f"{op}: expected a kernel no larger than the padded input, got a kernel reaching over "
             f"{[r + 1 for r in reach]} and a padded input of {list(padded)}"
         ),
     )
-    torch._check_value(
+    _checks.check_value(
         activation is None or (isinstance(activation, str) and activation in ACTIVATIONS),
         lambda: f"{op}: expected activation None, 'relu', 'relu6' or 'silu', got {activation!r}",
     )
@@ -112,18 +112,18 @@ def activate(input: Tensor, activation: str | None) -> Tensor:
 
 
 def _integer(op: str, name: str, value: Any, least: int) -> int:
-    torch._check_type(
+    _checks.check_type(
         isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool),
         lambda: f"{op}: expected {name} to be an int, got {type(value).__name__}",
     )
-    torch._check_value(value >= least, lambda: f"{op}: expected {name} of at least {least}, got {value}")
+    _checks.check_value(value >= least, lambda: f"{op}: expected {name} of at least {least}, got {value}")
     return value
 
 
 def _per_dimension(op: str, name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
         return (_integer(op, name, value, least),) * rank
-    torch._check_value(
+    _checks.check_value(
         len(value) == rank,
         lambda: f"{op}: expected {name} to be an int or {rank} of them, got {len(value)}",
     )
@@ -135,13 +135,13 @@ def _padding(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not isinstance(padding, str):
         return _per_dimension(op, "padding", padding, rank, 0), ()
-    torch._check_value(
+    _checks.check_value(
         padding in ("same", "valid"),
         lambda: f"{op}: expected padding to be numbers, 'same' or 'valid', got {padding!r}",
     )
     if padding == "valid":
         return (0,) * rank, ()
-    torch._check_value(
+    _checks.check_value(
         all(s == 1 for s in stride),
         lambda: f"{op}: expected stride 1 with padding='same', got {list(stride)}",
     )

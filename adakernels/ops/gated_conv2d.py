@@ -17,8 +17,8 @@ from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts, optional_facts
 from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import library
-from adakernels.ops.policy import Policy, checked_policy, is_soft, needed_channels
+from adakernels.ops._library import call, library
+from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
 library.define(
@@ -166,8 +166,9 @@ def gated_conv2d_flops(
 ) -> tuple[float, Tensor]:  # [N]
     """Multiply-adds of one frame computed densely, and those of every frame under its policies.
 
-    A frame costs H' W' kh kw times the pairs of an output channel that is kept at t or reused at t+1
-    (AdaFuse, Eq. 5) and an input channel of its group that is not marked SKIP. With a float policy the count is differentiable.
+    Frame t costs H' W' kh kw times the pairs of an output channel that is kept at t or reused at t+1
+    (AdaFuse, Eq. 5) and an input channel of its group that is not marked SKIP. The count is differentiable in
+    a float policy.
 
     Args:
         input_shape: [N, C_in, H, W].
@@ -372,12 +373,13 @@ def _run(
             activation=ACTIVATIONS[conv.activation],
         )
         return dense(output, like=input)
-    return torch.ops.adakernels.gated_conv2d.default(
+    return call(
+        torch.ops.adakernels.gated_conv2d.default,
         dense(input),
         weight,
         bias,
-        None if policy is None else policy.to(torch.int64).contiguous(),
-        None if in_policy is None else in_policy.to(torch.int64).contiguous(),
+        None if policy is None else as_index(policy),
+        None if in_policy is None else as_index(in_policy),
         frames,
         *conv[:4],
         conv.activation,

@@ -28,14 +28,21 @@ def is_soft(policy: Tensor) -> bool:
     return policy.dtype.is_floating_point
 
 
+def as_index(
+    policy: Tensor,  # [N, C]
+) -> Tensor:  # [N, C]
+    """An integer policy in the form that kernels read: int64, contiguous."""
+    return policy.to(torch.int64).contiguous()
+
+
 def needed_channels(
     policy: Tensor,  # [N, C] | [N, C, 3]
     frames: int,
 ) -> Tensor:  # [N, C]
     """The channels U_t of frame t that are kept at t or reused at t+1, so that somebody reads them.
 
-    AdaFuse, Eq. 5; the last frame of a clip has no t+1. Boolean for an integer policy; for a float policy the weight of the
-    union, 1 - (1 - keep_t)(1 - reuse_{t+1}), which is differentiable and exact where the policy is one-hot.
+    AdaFuse, Eq. 5; the last frame of a clip has no t+1. Boolean for an integer policy; for a float policy the
+    weight of either, 1 - (1 - keep_t)(1 - reuse_{t+1}): differentiable, and exact for one-hot rows.
     """
     if is_soft(policy):
         keep, reuse = policy[..., 0], policy[..., 1]

@@ -14,8 +14,8 @@ from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import library
-from adakernels.ops.policy import Policy, checked_policy, is_soft, previous_frame
+from adakernels.ops._library import call, library
+from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, previous_frame
 
 library.define(
     "temporal_fuse(Tensor input, Tensor policy, int frames) -> Tensor",
@@ -148,8 +148,8 @@ def temporal_fuse(
         if not is_soft(policy):
             policy = checked_policy(policy, "temporal_fuse", "policy")
         return dense(temporal_fuse_reference(input, policy, frames=frames), like=input)
-    policy = policy.to(input.dtype if is_soft(policy) else torch.int64).contiguous()
-    return torch.ops.adakernels.temporal_fuse.default(dense(input), policy, frames)
+    policy = policy.to(input.dtype).contiguous() if is_soft(policy) else as_index(policy)
+    return call(torch.ops.adakernels.temporal_fuse.default, dense(input), policy, frames)
 
 
 @backends.explains(temporal_fuse)

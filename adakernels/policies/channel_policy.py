@@ -64,9 +64,8 @@ class ChannelPolicy(nn.Module):
             ValueError: if `input` is not [N, in_channels, H, W] with whole clips of `frames` frames.
         """
         if input.dim() != 4 or input.shape[1] != self.in_channels:
-            raise ValueError(
-                f"ChannelPolicy: expected input of shape [N, {self.in_channels}, H, W], got {list(input.shape)}"
-            )
+            expected = f"[N, {self.in_channels}, H, W]"
+            raise ValueError(f"ChannelPolicy: expected input of shape {expected}, got {list(input.shape)}")
         if frames < 1 or input.shape[0] % frames != 0:
             raise ValueError(
                 f"ChannelPolicy: expected N to be a multiple of frames = {frames}, got N = {input.shape[0]}"
@@ -140,7 +139,7 @@ def straight_through_gumbel_softmax(
 ) -> Tensor:
     """One-hot draws with probabilities softmax(`logits`), [..., K], float32 or wider (AdaFuse, Eq. 7).
 
-    The value is exactly one-hot; the gradient is that of the softmax of the perturbed logits over `temperature`.
+    The value is exactly one-hot; the gradient is that of the softmax of (logits + noise) / temperature.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     soft = ((logits + gumbel_noise(logits, generator=generator)) / temperature).softmax(-1)

@@ -15,6 +15,7 @@ enum class Activation : int32_t { none, relu, relu6, silu };
 struct Planes {
   void* data;
   Scalar scalar;
+  int64_t extent;  // elements from `data` to behind the last one
   int64_t height, width;
   int64_t frame_stride, channel_stride, row_stride, column_stride;
 };
@@ -49,6 +50,12 @@ struct Unit {
   int64_t weight_offset;
 };
 
+// Transformed 3x3 kernels: point p of row r and channel c at [r * row_stride + p * point_stride + c].
+struct WinogradWeights {
+  const float* weight;
+  int64_t row_stride, point_stride;
+};
+
 // A convolution from `source` to `target`: grid point (y, x) of the target sums, over live channels and taps,
 // weight * source(y * step_y + dy, x * step_x + dx), zero outside the source, and is stored at
 // (target_y + y * target_step_y, target_x + x * target_step_x).
@@ -65,6 +72,8 @@ struct Convolution {
   std::vector<Tap> taps;
   std::vector<Phase> phases;     // set by lay_out_taps, as is what follows
   int64_t shift_y, shift_x;      // the largest of the taps
+  bool all_live_here;            // no live route reads the next frame
+  WinogradWeights winograd;      // null weight: the direct convolution
 };
 
 // Groups the taps by phase.

@@ -53,6 +53,9 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
                            int64_t group_live) {
   std::vector<Unit> units;
   units.reserve(size_t(problem.frame_count * problem.group_count));
+  const auto add = [&](int64_t frame, std::span<const Route> r, std::span<const Route> l, int64_t weight_offset) {
+    if (!r.empty()) units.push_back({frame, r.data(), int64_t(r.size()), l.data(), int64_t(l.size()), weight_offset});
+  };
   const auto take = [](std::span<const Route>& list, int64_t end) {
     size_t count = 0;
     while (count < list.size() && list[count].channel < end) ++count;
@@ -63,18 +66,19 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
   for (int64_t t = 0; t < problem.frame_count; ++t) {
     std::span<const Route> row_list = rows[t], live_list = live[t];
     if (problem.group_count == 1) {
-      units.push_back({t, row_list.data(), int64_t(row_list.size()), live_list.data(), int64_t(live_list.size()), 0});
+      add(t, row_list, live_list, 0);
       continue;
     }
     for (int64_t g = 0; g < problem.group_count; ++g) {
       const auto r = take(row_list, (g + 1) * group_rows), l = take(live_list, (g + 1) * group_live);
       // The weight holds a group's own input channels only, so their numbers count from the group's first.
-      units.push_back({t, r.data(), int64_t(r.size()), l.data(), int64_t(l.size()),
-                       -g * problem.group_in() * problem.taps()});
+      add(t, r, l, -g * problem.group_in() * problem.taps());
     }
   }
   return units;
 }
+
+constexpr int64_t kZeroedPerTask = 64 * 1024;  // elements
 
 void zero_plane(const Planes& planes, int64_t frame, int64_t channel) {
   const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
@@ -82,6 +86,10 @@ void zero_plane(const Planes& planes, int64_t frame, int64_t channel) {
                 (frame * planes.frame_stride + channel * planes.channel_stride) * size;
   for (int64_t y = 0; y < planes.height; ++y) {
     char* row = plane + y * planes.row_stride * size;
+    if (planes.column_stride == 1 && planes.row_stride == planes.width) {
+      std::memset(row, 0, size_t(planes.height * planes.width * size));
+      return;
+    }
     if (planes.column_stride == 1)
       std::memset(row, 0, size_t(planes.width * size));
     else
@@ -89,15 +97,26 @@ void zero_plane(const Planes& planes, int64_t frame, int64_t channel) {
   }
 }
 
+// What a call needs besides its output, kept for the next one: fresh pages cost more than the work done on them.
+Scratch& call_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // Runs the convolutions over the units they were planned for, and zeroes the channels that no unit writes.
 void run(const std::vector<Task>& tasks, const Planes& target, const FrameChannels& zeros, const Kernels& kernels) {
-  const int64_t count = int64_t(tasks.size());
-  const double zero_work = double(zeros.size()) * double(target.height * target.width);
-  run_tasks(count + int64_t(zeros.size()), work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
-    if (i < count)
-      kernels.convolve(*tasks[size_t(i)].convolution, *tasks[size_t(i)].unit, tasks[size_t(i)].tile, scratch);
-    else
-      zero_plane(target, zeros[size_t(i - count)].frame, zeros[size_t(i - count)].channel);
+  const int64_t count = int64_t(tasks.size()), zero_count = int64_t(zeros.size());
+  const int64_t plane = target.height * target.width;
+  const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
+  const double zero_work = double(zero_count * plane) / 16;
+  run_tasks(count + (zero_count + chunk - 1) / chunk, work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
+    if (i < count) {
+      run_task(tasks[size_t(i)], kernels, scratch);
+    } else {
+      const int64_t first = (i - count) * chunk;
+      for (int64_t z = first; z < std::min(first + chunk, zero_count); ++z)
+        zero_plane(target, zeros[size_t(z)].frame, zeros[size_t(z)].channel);
+    }
   });
 }
 
@@ -131,6 +150,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   conv.step_y = problem.y.stride;
   conv.step_x = problem.x.stride;
   conv.target_step_y = conv.target_step_x = 1;
+  conv.all_live_here = true;
   for (int64_t ky = 0; ky < problem.y.size; ++ky)
     for (int64_t kx = 0; kx < problem.x.size; ++kx)
       conv.taps.push_back({.dy = int32_t(ky * problem.y.dilation - problem.y.padding),
@@ -145,6 +165,8 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   const Kernels& kernels = best_kernels();
   const Planes target = conv.target;
   flatten_grid(conv);
+  if (problem.group_count == 1 && can_use_winograd(conv, units))
+    transform_weights(conv, units, problem.out_channels, problem.in_channels, kernels, call_scratch());
   std::vector<Task> tasks;
   add_tasks(tasks, conv, units, kernels);
   run(tasks, target, zeros, kernels);

@@ -16,8 +16,12 @@ namespace {
 
 // Half of a second-level cache of 512 KiB; the weights stream through the other half.
 constexpr int64_t kSourceBytes = 256 * 1024;
+// Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
+constexpr int64_t kPointBytes = 900 * 1024;
 constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kRowsPerTask = 32;
+constexpr size_t kUnitsPerTask = 64;
+constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
 constexpr double kParallelWork = 1e5;
 
@@ -31,6 +35,22 @@ bool is_flat(const Convolution& conv) {
          conv.grid_height == conv.source.height && conv.grid_width == conv.source.width &&
          conv.grid_height == conv.target.height && conv.grid_width == conv.target.width && gapless(conv.source) &&
          gapless(conv.target);
+}
+
+void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
+  for (const Unit& unit : units) {
+    const int64_t row_bytes = 16 * 4 * std::max<int64_t>(1, unit.live_count) * block_columns;
+    const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
+    const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * parts);
+    const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t r = 0; r < row_parts; ++r)
+        tasks.push_back({&conv, &unit, 1,
+                         Tile{block_rows * p / parts, block_rows * (p + 1) / parts, 0, block_columns,
+                              unit.row_count * r / row_parts, unit.row_count * (r + 1) / row_parts}});
+  }
 }
 
 }  // namespace
@@ -75,33 +95,73 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
+bool can_use_winograd(const Convolution& conv, std::span<const Unit> units) {
+  if (conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 || conv.shift_y != 2 || conv.shift_x != 2 ||
+      conv.target_step_y != 1 || conv.target_step_x != 1)
+    return false;
+  return std::all_of(units.begin(), units.end(), [](const Unit& unit) { return unit.weight_offset == 0; });
+}
+
+void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels, Scratch& scratch) {
+  std::vector<bool> used(size_t(row_count), false);
+  for (const Unit& unit : units)
+    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < row_count; ++r)
+    if (used[size_t(r)]) rows.push_back(r);
+  // Points are a multiple of a cache line apart, but not of a power of two of them: 16 are written at once.
+  const int64_t point_stride = ceil_div(channel_count, 16) * 16 + 16, row_stride = 16 * point_stride;
+  float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
+  constexpr int64_t chunk = 8;
+  const int64_t count = ceil_div(int64_t(rows.size()), chunk);
+  run_tasks(count, 16. * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
+    for (int64_t r = i * chunk; r < std::min((i + 1) * chunk, int64_t(rows.size())); ++r)
+      kernels.winograd_weights(conv, rows[size_t(r)], channel_count, transformed + rows[size_t(r)] * row_stride,
+                               point_stride);
+  });
+  conv.winograd = {transformed, row_stride, point_stride};
+}
+
 void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                const Kernels& kernels) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
-  const int64_t height = conv.grid_height, width = conv.grid_width;
-  for (const Unit& unit : units) {
-    if (unit.row_count == 0 || height == 0 || width == 0) continue;
-    const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
+  const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
+  if (height == 0 || width == 0) return;
+  if (conv.winograd.weight != nullptr) {
+    add_winograd_tasks(tasks, conv, units);
+    return;
+  }
+  for (size_t u = 0; u < units.size();) {
+    const Unit& unit = units[u];
     // Whole rows where they fit, else parts of one row.
+    const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
     const int64_t row_bytes = pixel_bytes * (width + conv.shift_x);
-    int64_t y_parts = 1, x_parts = 1;
+    int64_t y_parts = 1, x_block = width;
     if (row_bytes * (1 + conv.shift_y) <= kSourceBytes) {
       y_parts = ceil_div(height, std::max<int64_t>(1, kSourceBytes / row_bytes - conv.shift_y));
     } else {
       y_parts = height;
       const int64_t fitting = kSourceBytes / (pixel_bytes * (1 + conv.shift_y)) - conv.shift_x;
-      const int64_t block = kernels.pixel_block;
-      x_parts = ceil_div(width, std::max(2 * block, fitting / block * block));
+      x_block = std::max<int64_t>(2, fitting / block) * block;
     }
+    // A last part of less than a register tile joins the one before.
+    const int64_t x_parts = std::max<int64_t>(1, (width + x_block - block) / x_block);
+    // Small units of a frame go together: their geometry is the same.
+    size_t end = u + 1;
+    int64_t row_count = unit.row_count;
+    for (; row_count <= kSmallUnitRows && end < units.size() && units[end].frame == unit.frame && end - u < kUnitsPerTask; ++end)
+      row_count = std::max(row_count, units[end].row_count);
     const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * y_parts * x_parts);
-    const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, kRowsPerTask), 1, wanted);
+    const int64_t row_parts = std::clamp<int64_t>(ceil_div(row_count, kRowsPerTask), 1, wanted);
     for (int64_t y = 0; y < y_parts; ++y)
       for (int64_t x = 0; x < x_parts; ++x)
         for (int64_t r = 0; r < row_parts; ++r)
-          tasks.push_back({&conv, &unit,
-                           Tile{height * y / y_parts, height * (y + 1) / y_parts, width * x / x_parts,
-                                width * (x + 1) / x_parts, unit.row_count * r / row_parts,
-                                unit.row_count * (r + 1) / row_parts}});
+          tasks.push_back({&conv, &unit, int64_t(end - u),
+                           Tile{height * y / y_parts, height * (y + 1) / y_parts, x * x_block,
+                                x + 1 == x_parts ? width : (x + 1) * x_block, row_count * r / row_parts,
+                                row_count * (r + 1) / row_parts}});
+    u = end;
   }
 }
 
@@ -111,9 +171,16 @@ double work(const std::vector<Task>& tasks) {
     const Tile& tile = task.tile;
     sum += double(tile.y_end - tile.y_begin) * double(tile.x_end - tile.x_begin) *
            double(tile.row_end - tile.row_begin) *
-           double(1 + task.unit->live_count * int64_t(task.convolution->taps.size()));
+           double(task.unit_count * (1 + task.units->live_count * int64_t(task.convolution->taps.size())));
   }
   return sum;
+}
+
+void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
+  if (task.convolution->winograd.weight != nullptr)
+    kernels.convolve_winograd(*task.convolution, *task.units, task.tile, scratch);
+  else
+    kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
 }
 
 void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run) {

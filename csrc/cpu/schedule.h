@@ -14,9 +14,17 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
+// Whether all taps make one undilated 3x3 kernel at stride 1 over ungrouped channels, which Winograd's method takes.
+bool can_use_winograd(const Convolution& convolution, std::span<const Unit> units);
+
+// Transforms the 3x3 kernels of the rows that units name into `scratch`, and has `convolution` use them.
+void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels, Scratch& scratch);
+
 struct Task {
   const Convolution* convolution;
-  const Unit* unit;
+  const Unit* units;
+  int64_t unit_count;  // of one frame
   Tile tile;
 };
 
@@ -29,6 +37,8 @@ void flatten_grid(Convolution& convolution);
 
 // Multiply-adds that a set of tasks stands for.
 double work(const std::vector<Task>& tasks);
+
+void run_task(const Task& task, const Kernels& kernels, Scratch& scratch);
 
 // Calls run(i, scratch) for i < count, each once, on all threads if `work` multiply-adds are worth waking them.
 void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run);

@@ -35,8 +35,11 @@ FloatArray floats(const std::optional<Tensor>& tensor) {
 }
 
 Planes planes_of(const Tensor& tensor) {
+  int64_t extent = tensor.numel() == 0 ? 0 : 1;
+  for (int64_t d = 0; d < 4 && extent > 0; ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
   return {const_cast<void*>(tensor.const_data_ptr()),
           tensor.scalar_type() == ScalarType::Float ? Scalar::f32 : Scalar::bf16,
+          extent,
           tensor.size(2),
           tensor.size(3),
           tensor.stride(0),

@@ -1,6 +1,8 @@
 // The one inner kernel: rows of weights given by pointers times vectors of pixels given by offsets.
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 namespace adakernels {
@@ -11,26 +13,39 @@ struct Step {
   int32_t weight, source;
 };
 
+// The two factors of a product: rows[r][steps[k].weight] and source[steps[k].source + p].
+struct Product {
+  const float* const* rows;
+  const Step* steps;
+  int64_t step_count;
+  const float* source;
+  const float* start;  // what row r is added to
+};
+
 // out[r][p] = start[r] + sum_k rows[r][steps[k].weight] * source[steps[k].source + p]
 // for r < row_count and p < vectors * lanes. Rows are pointers, so an arbitrary list of channels costs nothing.
-template <int row_count, int vectors, int lanes>
-void gemm_tile(const float* const* rows, const Step* steps, int64_t step_count, const float* source,
-               const float* start, float* out, int64_t out_stride) {
+// With `prefetch` the pixels of the next tile are fetched, for sources that no copy has brought close.
+template <int row_count, int vectors, int lanes, bool prefetch>
+void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   using V = Vector<lanes>;
   V sum[row_count][vectors];
   const float* row[row_count];
 #pragma GCC unroll 16
   for (int r = 0; r < row_count; ++r) {
-    row[r] = rows[r];
+    row[r] = product.rows[r];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) sum[r][v] = V{} + start[r];
+    for (int v = 0; v < vectors; ++v) sum[r][v] = V{} + product.start[r];
   }
-  for (int64_t k = 0; k < step_count; ++k) {
-    const int64_t at = steps[k].weight;
-    const float* pixels = source + steps[k].source;
+  const float* source = product.source;
+  for (const Step *step = product.steps, *end = step + product.step_count; step != end; ++step) {
+    const int64_t at = step->weight;
+    const float* pixels = source + step->source;
     V b[vectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) b[v] = load<lanes>(pixels + v * lanes);
+    for (int v = 0; v < vectors; ++v) {
+      b[v] = load<lanes>(pixels + v * lanes);
+      if constexpr (prefetch) __builtin_prefetch(pixels + (vectors + v) * lanes, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < row_count; ++r) {
       const V a = V{} + row[r][at];
@@ -42,6 +57,65 @@ void gemm_tile(const float* const* rows, const Step* steps, int64_t step_count, 
   for (int r = 0; r < row_count; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) store<lanes>(out + r * out_stride + v * lanes, sum[r][v]);
+}
+
+using TileFunction = void (*)(const Product&, float*, int64_t);
+
+template <int vectors, int lanes, bool prefetch, int... rows>
+constexpr TileFunction pick_rows(int64_t row_count, std::integer_sequence<int, rows...>) {
+  constexpr TileFunction functions[] = {gemm_tile<rows + 1, vectors, lanes, prefetch>...};
+  return functions[row_count - 1];
+}
+
+// A register tile for up to kRows rows.
+template <int vectors, int lanes = kLanes, bool prefetch = false>
+inline TileFunction tile_for(int64_t row_count) {
+  return pick_rows<vectors, lanes, prefetch>(row_count, std::make_integer_sequence<int, kRows>());
+}
+
+// A single row takes as many vectors as keep the multipliers busy.
+constexpr int kSingleRowVectors = 8;
+
+// The widest tile, in pixels: what may be read past the last pixel, and the room that a tile's result needs.
+constexpr int kTilePixels = kSingleRowVectors * kLanes;
+
+// Multiplies `count` pixels, register tile by register tile. Pixel i of row r goes to out[r * row_stride + i], or, with
+// `reuse`, to the same place for every tile, at most kTilePixels a row. Calls done(first, count) after each tile.
+template <bool prefetch, bool reuse, typename Done>
+inline void multiply(const Product& product, int64_t row_count, int64_t count, float* out, int64_t row_stride,
+                     const Done& done) {
+  constexpr int half = kLanes / 2;
+  Product tile = product;
+  for (int64_t at = 0; at < count;) {
+    const int64_t left = count - at;
+    TileFunction function;
+    int64_t width;
+    if (row_count == 1 && left > kVectors * kLanes) {
+      function = gemm_tile<1, kSingleRowVectors, kLanes, prefetch>, width = kTilePixels;
+    } else if (left > (kVectors - 1) * kLanes + (kHalfIsCheaper ? half : 0)) {
+      function = tile_for<kVectors, kLanes, prefetch>(row_count), width = kVectors * kLanes;
+    } else if (kHalfIsCheaper && left <= half) {
+      function = tile_for<1, half>(row_count), width = half;
+    } else if (kVectors > 2 && left > kLanes + (kHalfIsCheaper ? half : 0)) {
+      function = tile_for<2>(row_count), width = 2 * kLanes;
+    } else {
+      function = tile_for<1>(row_count), width = kLanes;
+    }
+    tile.source = product.source + at;
+    function(tile, reuse ? out : out + at, row_stride);
+    done(at, left < width ? left : width);
+    at += width;
+  }
+}
+
+// Spreads rows evenly over register tiles, so that no tile is left with one row: calls use(first, count).
+template <typename Use>
+inline void for_row_groups(int64_t begin, int64_t end, const Use& use) {
+  const int64_t total = end - begin, groups = (total + kRows - 1) / kRows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = begin + total * g / groups;
+    use(first, begin + total * (g + 1) / groups - first);
+  }
 }
 
 }  // namespace

@@ -23,8 +23,13 @@ class Scratch {
 struct Kernels {
   // Rows that one register tile takes, and the pixels it spans.
   int row_block, pixel_block;
-  // Computes one tile of one unit and stores it.
-  void (*convolve)(const Convolution&, const Unit&, const Tile&, Scratch&);
+  // Computes and stores one tile of each of some units of one frame.
+  void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
+  // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
+  void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
+  // The transformed kernels of one row of weights for all `channel_count` channels.
+  void (*winograd_weights)(const Convolution&, int64_t row, int64_t channel_count, float* transformed,
+                           int64_t point_stride);
 };
 
 namespace portable {

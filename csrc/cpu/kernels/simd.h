@@ -27,6 +27,9 @@ constexpr int kLanes = 8, kRows = 6, kVectors = 2;
 constexpr int kLanes = 4, kRows = 6, kVectors = 2;
 #endif
 
+// Half a vector costs half the time where 512-bit operations are issued in two halves (Zen 4), and never more.
+constexpr bool kHalfIsCheaper = kLanes == 16;
+
 template <int lanes>
 inline Vector<lanes> load(const float* p) {
   return *reinterpret_cast<const typename VectorOf<lanes>::unaligned*>(p);

@@ -85,7 +85,9 @@ def test_is_conv2d_without_a_policy(kwargs: dict[str, object], frames: Tensor) -
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [True, False])
-def test_matches_dense_and_mask(activation: str | None, training: bool, frames: Tensor, policy: Tensor) -> None:
+def test_matches_dense_and_mask(
+    activation: str | None, training: bool, frames: Tensor, policy: Tensor
+) -> None:
     module = make(activation).train(training)
     reference = copy.deepcopy(module)
     dense = F.conv2d(frames, reference.weight, reference.bias, padding=1)
@@ -119,9 +121,7 @@ def test_in_policy_marks_channels_that_are_zero(training: bool, frames: Tensor, 
     expected = module(zeroed, policy, frames=FRAMES)
     actual = module(frames, policy, frames=FRAMES, in_policy=in_policy)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        module(frames, in_policy=in_policy), module(zeroed), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(module(frames, in_policy=in_policy), module(zeroed), rtol=1e-4, atol=1e-5)
 
 
 def test_norms_that_can_not_be_folded(frames: Tensor, policy: Tensor) -> None:
@@ -138,7 +138,7 @@ def test_norm_may_be_given_as_its_class(frames: Tensor) -> None:
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="expected activation to be one of None, 'relu', .*got 'gelu'"):
+    with pytest.raises(ValueError, match=r"to be one of None, 'relu', .*got 'gelu'"):
         GatedConv2d(4, 6, 3, activation="gelu")
 
 
@@ -238,7 +238,9 @@ def write_through_data(module: GatedConv2d) -> None:
         write_through_data,
     ],
 )
-def test_folded_weights_follow_changes(change: Callable[[GatedConv2d], None], frames: Tensor, policy: Tensor) -> None:
+def test_folded_weights_follow_changes(
+    change: Callable[[GatedConv2d], None], frames: Tensor, policy: Tensor
+) -> None:
     module = make().eval()
     with torch.no_grad():
         before = module(frames, policy, frames=FRAMES)
@@ -319,7 +321,9 @@ def test_channels_last_is_kept(frames: Tensor, policy: Tensor) -> None:
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copies_are_independent(clone: Callable[[nn.Module], nn.Module], frames: Tensor, policy: Tensor) -> None:
+def test_copies_are_independent(
+    clone: Callable[[nn.Module], nn.Module], frames: Tensor, policy: Tensor
+) -> None:
     module = make().eval()
     with torch.no_grad():
         expected = module(frames, policy, frames=FRAMES)

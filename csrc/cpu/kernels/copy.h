@@ -1,0 +1,98 @@
+// Copies source channels into padded, phase-split planes in which neighbouring grid points are neighbours.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../domain.h"
+#include "simd.h"
+
+namespace adakernels {
+namespace {
+
+inline float to_float(float value) { return value; }
+inline float to_float(uint16_t value) { return from_bf16(value); }
+
+// The part of the source that one tile needs, for one phase: `height` rows of `width` elements from (y, x) on, every
+// step-th pixel, of which columns [begin, end) lie inside the source.
+struct Window {
+  int64_t y, x, height, width;
+  int64_t step_y, step_x;
+  int64_t begin, end;
+};
+
+inline Window window_of(const Planes& planes, int64_t y, int64_t x, int64_t height, int64_t width, int64_t step_y,
+                        int64_t step_x) {
+  const int64_t begin = std::min(width, x >= 0 ? 0 : (-x + step_x - 1) / step_x);
+  const int64_t inside = x >= planes.width ? 0 : (planes.width - 1 - x) / step_x + 1;
+  return {y, x, height, width, step_y, step_x, begin, std::clamp(inside, begin, width)};
+}
+
+// The even elements of a pair of vectors.
+template <int lanes>
+inline Vector<lanes> even(Vector<lanes> low, Vector<lanes> high) {
+  typename VectorOf<lanes>::integer index;
+  for (int i = 0; i < lanes; ++i) index[i] = 2 * i;
+  return __builtin_shuffle(low, high, index);
+}
+
+// row[i] (+)= from[i * hop] for i < count. May write up to a vector past the end, and reads nothing past `limit`.
+template <typename T, bool add>
+inline void copy_run(float* row, const T* from, int64_t count, int64_t hop, const T* limit) {
+  int64_t i = 0;
+  if constexpr (!add && std::is_same_v<T, float>) {
+    if (hop == 1) {
+      for (; i < count && from + i + kLanes <= limit; i += kLanes) store<kLanes>(row + i, load<kLanes>(from + i));
+    } else if (hop == 2) {
+      for (; i < count && from + 2 * (i + kLanes) <= limit; i += kLanes)
+        store<kLanes>(row + i, even<kLanes>(load<kLanes>(from + 2 * i), load<kLanes>(from + 2 * i + kLanes)));
+    }
+  }
+  if (hop == 1)
+    for (; i < count; ++i) row[i] = (add ? row[i] : 0.f) + to_float(from[i]);
+  else
+    for (; i < count; ++i) row[i] = (add ? row[i] : 0.f) + to_float(from[i * hop]);
+}
+
+template <typename T, bool add>
+inline void copy_plane(float* plane, int64_t pitch, const T* source, const Planes& planes, const Window& window) {
+  const T* limit = static_cast<const T*>(planes.data) + planes.extent;
+  for (int64_t i = 0; i < window.height; ++i) {
+    const int64_t y = window.y + i * window.step_y;
+    float* row = plane + i * pitch;
+    if (y < 0 || y >= planes.height) {
+      if constexpr (!add)
+        for (int64_t x = 0; x < window.width; ++x) row[x] = 0;
+      continue;
+    }
+    const T* from = source + y * planes.row_stride + (window.x + window.begin * window.step_x) * planes.column_stride;
+    if constexpr (!add)
+      for (int64_t x = 0; x < window.begin; ++x) row[x] = 0;
+    copy_run<T, add>(row + window.begin, from, window.end - window.begin, window.step_x * planes.column_stride, limit);
+    if constexpr (!add)
+      for (int64_t x = window.end; x < window.width; ++x) row[x] = 0;
+  }
+}
+
+template <typename T>
+inline void copy_typed(float* plane, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
+                       const Window& window) {
+  const T* here =
+      static_cast<const T*>(planes.data) + frame * planes.frame_stride + route.channel * planes.channel_stride;
+  const T* next = here + planes.frame_stride;
+  copy_plane<T, false>(plane, pitch, route.here ? here : next, planes, window);
+  if (route.here && route.next) copy_plane<T, true>(plane, pitch, next, planes, window);
+}
+
+// plane[i * pitch + j] = the route's channel at row i, column j of the window. Rows may share their outer zeros, and
+// up to a vector past the plane's end is overwritten.
+inline void copy_route(float* plane, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
+                       const Window& window) {
+  if (planes.scalar == Scalar::f32)
+    copy_typed<float>(plane, pitch, planes, frame, route, window);
+  else
+    copy_typed<uint16_t>(plane, pitch, planes, frame, route, window);
+}
+
+}  // namespace
+}  // namespace adakernels

@@ -1,0 +1,188 @@
+// The direct convolution of one tile: any taps, strides, routes and lists.
+#pragma once
+
+#include <algorithm>
+
+#include "activation.h"
+#include "copy.h"
+#include "gemm_tile.h"
+#include "kernels.h"
+#include "store.h"
+
+namespace adakernels {
+namespace {
+
+inline int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Lays objects out one after the other in a thread's scratch memory.
+class Layout {
+ public:
+  template <typename T>
+  int64_t add(int64_t count) {
+    const int64_t at = bytes_;
+    bytes_ += align(count * int64_t(sizeof(T)));
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+// Rows of weights of a group of a unit's rows, for steps whose weights count from the first live channel.
+struct RowGroup {
+  const float* rows[kRows];
+  float start[kRows];
+
+  RowGroup(const Convolution& conv, const Unit& unit, int64_t first, int64_t count) {
+    const int64_t live = unit.live_count > 0 ? unit.live[0].channel * conv.weight_channel : 0;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t channel = unit.rows[first + r].channel;
+      rows[r] = conv.weight + unit.weight_offset + channel * conv.weight_row + live;
+      start[r] = conv.bias ? conv.bias[channel] : 0.f;
+    }
+  }
+};
+
+// Runs the steps over `point_count` grid points of a unit and stores them: segments(first, count, out) fills in
+// where the points go and returns the number of segments.
+template <bool prefetch, typename Segments>
+inline void multiply_and_store(const Convolution& conv, const Unit& unit, const Tile& tile, const float* source,
+                               const Step* steps, int64_t step_count, int64_t point_count, const Segments& segments) {
+  alignas(64) float out[kRows * kTilePixels];
+  const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  for_row_groups(tile.row_begin, std::min(tile.row_end, unit.row_count), [&](int64_t first, int64_t count) {
+    const RowGroup group(conv, unit, first, count);
+    const Product product = {group.rows, steps, step_count, source, group.start};
+    multiply<prefetch, true>(product, count, point_count, out, kTilePixels, [&](int64_t at, int64_t width) {
+      Segment list[kTilePixels];
+      const int64_t segment_count = segments(at, width, list);
+      for (int64_t r = 0; r < count; ++r) {
+        activate(conv.activation, out + r * kTilePixels, width);
+        store_route(conv.target, hop, unit.frame, unit.rows[first + r], out + r * kTilePixels, list, segment_count);
+      }
+    });
+  });
+}
+
+// One tap at the grid point itself over planes that are one row: the tensor is read where it lies, only the last,
+// partial register tile is copied, because it would read past the plane.
+inline bool reads_in_place(const Convolution& conv, const Unit& unit) {
+  const Planes& p = conv.source;
+  const int64_t last = unit.live_count == 0 ? 0 : unit.live[unit.live_count - 1].channel;
+  return conv.taps.size() == 1 && conv.taps[0].dy == 0 && conv.taps[0].dx == 0 && conv.grid_height == 1 &&
+         conv.grid_width == p.width && conv.step_x == 1 && p.column_stride == 1 && p.scalar == Scalar::f32 &&
+         conv.all_live_here && last * p.channel_stride <= INT32_MAX;
+}
+
+inline void convolve_in_place(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
+  const Planes& planes = conv.source;
+  const float* source =
+      static_cast<const float*>(planes.data) + unit.frame * planes.frame_stride + tile.x_begin;
+  const int64_t count = tile.x_end - tile.x_begin, whole = count / (kVectors * kLanes) * (kVectors * kLanes);
+  const int64_t rest = count - whole, pitch = (rest + kLanes - 1) / kLanes * kLanes;
+  Layout layout;
+  const int64_t steps_at = layout.add<Step>(unit.live_count);
+  const int64_t copy_at = layout.add<float>(unit.live_count * pitch + kTilePixels);
+  char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+  Step* steps = reinterpret_cast<Step*>(memory + steps_at);
+  float* copy = reinterpret_cast<float*>(memory + copy_at);
+  const int32_t first_live = unit.live_count > 0 ? unit.live[0].channel : 0;
+  for (int64_t i = 0; i < unit.live_count; ++i)
+    steps[i] = {int32_t((unit.live[i].channel - first_live) * conv.weight_channel + conv.taps[0].weight),
+                int32_t(unit.live[i].channel * planes.channel_stride)};
+
+  int64_t offset = 0;
+  const auto segment = [&](int64_t at, int64_t width, Segment* list) {
+    list[0] = {0, target_offset(conv, 0, tile.x_begin + offset + at), width};
+    return 1;
+  };
+  if (whole > 0) multiply_and_store<true>(conv, unit, tile, source, steps, unit.live_count, whole, segment);
+  if (rest == 0) return;
+  for (int64_t i = 0; i < unit.live_count; ++i) {
+    for (int64_t x = 0; x < rest; ++x) copy[i * pitch + x] = source[steps[i].source + whole + x];
+    for (int64_t x = rest; x < pitch; ++x) copy[i * pitch + x] = 0;
+    steps[i].source = int32_t(i * pitch);
+  }
+  for (int64_t x = 0; x < kTilePixels; ++x) copy[unit.live_count * pitch + x] = 0;
+  offset = whole;
+  multiply_and_store<false>(conv, unit, tile, copy, steps, unit.live_count, rest, segment);
+}
+
+// The units differ in their channels only, so what the geometry asks for is worked out once for all of them.
+void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
+                     Scratch& scratch) {
+  const int64_t grid_height = tile.y_end - tile.y_begin, grid_width = tile.x_end - tile.x_begin;
+  if (reads_in_place(conv, units[0])) {
+    for (int64_t u = 0; u < unit_count; ++u) convolve_in_place(conv, units[u], tile, scratch);
+    return;
+  }
+
+  // The source channels of a tile are copied once so that every tap of every grid point is a plain offset:
+  // zero-padded, and split by stride phase so that neighbouring grid points are neighbours in memory.
+  // Grid point (y, x) is number y * pitch + x; the pitch - width points between two rows are computed and dropped,
+  // which is cheaper than the nine-fold copy of im2col.
+  const int64_t width = grid_width + conv.shift_x, height = grid_height + conv.shift_y;
+  const int64_t phase_count = int64_t(conv.phases.size()), tap_count = int64_t(conv.taps.size());
+  const int64_t x_first = tile.x_begin * conv.step_x, y_first = tile.y_begin * conv.step_y;
+  int64_t shared = 0;  // zeros right of one row and left of the next are stored once
+  if (conv.step_x == 1 && phase_count == 1) {
+    const int64_t left = x_first + conv.phases[0].dx;
+    shared = std::max<int64_t>(0, std::min({-left, left + width - conv.source.width, conv.shift_x}));
+  }
+  const int64_t pitch = width - shared;
+  const int64_t plane = height * pitch + shared, channel = phase_count * plane;
+  const int64_t point_count = (grid_height - 1) * pitch + grid_width;
+
+  int64_t live_most = 0;
+  for (int64_t u = 0; u < unit_count; ++u) live_most = std::max(live_most, units[u].live_count);
+  if (tap_count == 0) live_most = 0;
+  Layout layout;
+  const int64_t windows_at = layout.add<Window>(phase_count);
+  const int64_t steps_at = layout.add<Step>(live_most * tap_count);
+  const int64_t source_at = layout.add<float>(live_most * channel + kTilePixels);
+  char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+  Window* windows = reinterpret_cast<Window*>(memory + windows_at);
+  Step* steps = reinterpret_cast<Step*>(memory + steps_at);
+  float* source = reinterpret_cast<float*>(memory + source_at);
+  for (int64_t p = 0; p < phase_count; ++p)
+    windows[p] = window_of(conv.source, y_first + conv.phases[size_t(p)].dy, x_first + conv.phases[size_t(p)].dx,
+                           height, width, conv.step_y, conv.step_x);
+
+  const auto segments = [&](int64_t at, int64_t count, Segment* list) {
+    int64_t n = 0;
+    int64_t y = at / pitch, x = at % pitch;
+    for (int64_t from = 0; from < count; ++y, x = 0) {
+      const int64_t run = std::min(pitch - x, count - from), kept = std::min(run, grid_width - x);
+      if (kept > 0) list[n++] = {from, target_offset(conv, tile.y_begin + y, tile.x_begin + x), kept};
+      from += run;
+    }
+    return n;
+  };
+
+  int64_t steps_made = 0;
+  for (int64_t u = 0; u < unit_count; ++u) {
+    const Unit& unit = units[u];
+    const int64_t live_count = tap_count == 0 ? 0 : unit.live_count, step_count = live_count * tap_count;
+    for (int64_t i = 0; i < live_count; ++i)
+      for (int64_t p = 0; p < phase_count; ++p)
+        copy_route(source + i * channel + p * plane, pitch, conv.source, unit.frame, unit.live[i], windows[p]);
+    // Register tiles read past the last point: those lanes are dropped, but must be readable.
+    for (int64_t i = 0; i < kTilePixels; ++i) source[live_count * channel + i] = 0;
+    // Units with one live channel all have the same steps, because weights count from the first live channel.
+    if (live_count != 1 || steps_made != 1) {
+      Step* step = steps;
+      for (int64_t i = 0; i < live_count; ++i) {
+        const int64_t weight = (unit.live[i].channel - unit.live[0].channel) * conv.weight_channel;
+        for (const Tap& tap : conv.taps)
+          *step++ = {int32_t(weight + tap.weight),
+                     int32_t(i * channel + tap.phase * plane + tap.shift_y * pitch + tap.shift_x)};
+      }
+      steps_made = live_count;
+    }
+    multiply_and_store<false>(conv, unit, tile, source, steps, step_count, point_count, segments);
+  }
+}
+
+}  // namespace
+}  // namespace adakernels

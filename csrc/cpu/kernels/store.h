@@ -1,0 +1,59 @@
+// Stores computed rows to the planes that their routes name.
+#pragma once
+
+#include <type_traits>
+
+#include "../domain.h"
+#include "simd.h"
+
+namespace adakernels {
+namespace {
+
+// `count` values from `from` on, in a computed row, and where in a target plane they go.
+struct Segment {
+  int64_t from, target, count;
+};
+
+template <typename T>
+inline void store_run(T* to, const float* from, int64_t count, int64_t hop) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (hop == 1) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
+      for (; i < count; ++i) to[i] = from[i];
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) to[i * hop] = from[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * hop] = to_bf16(from[i]);
+  }
+}
+
+template <typename T>
+inline void store_typed(const Planes& planes, int64_t hop, int64_t frame, const Route& route, const float* row,
+                        const Segment* segments, int64_t segment_count) {
+  T* here = static_cast<T*>(planes.data) + frame * planes.frame_stride + route.channel * planes.channel_stride;
+  for (int64_t s = 0; s < segment_count; ++s) {
+    const Segment& segment = segments[s];
+    if (route.here) store_run(here + segment.target, row + segment.from, segment.count, hop);
+    if (route.next) store_run(here + planes.frame_stride + segment.target, row + segment.from, segment.count, hop);
+  }
+}
+
+// hop: elements between neighbouring grid points of the target.
+inline void store_route(const Planes& planes, int64_t hop, int64_t frame, const Route& route, const float* row,
+                        const Segment* segments, int64_t segment_count) {
+  if (planes.scalar == Scalar::f32)
+    store_typed<float>(planes, hop, frame, route, row, segments, segment_count);
+  else
+    store_typed<uint16_t>(planes, hop, frame, route, row, segments, segment_count);
+}
+
+// Offset of a grid point in a target plane.
+inline int64_t target_offset(const Convolution& conv, int64_t y, int64_t x) {
+  return (conv.target_y + y * conv.target_step_y) * conv.target.row_stride +
+         (conv.target_x + x * conv.target_step_x) * conv.target.column_stride;
+}
+
+}  // namespace
+}  // namespace adakernels

@@ -1,0 +1,95 @@
+"""What is installed, how it is built and what importing it costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from adakernels import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = ("matplotlib", "pybind11", "pytest", "skimage", "torchvision", "triton")
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_import_is_lean() -> None:
+    """Nothing optional is imported, CUDA is left alone and no compiler is started, beyond what torch does."""
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import adakernels
+new = set(sys.modules) - before
+print(sorted({{name.split(".")[0] for name in new}} & set({OPTIONAL!r})))
+print(sorted(name for name in new if name.startswith(("torch._inductor", "torch.utils.cpp_extension"))))
+print(torch.cuda.is_initialized())
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.stdout.splitlines() == ["[]", "[]", "False"], result.stderr
+
+
+def test_import_works_from_another_directory(tmp_path: Path) -> None:
+    result = run(sys.executable, "-c", "import adakernels; print(adakernels.__file__)", cwd=tmp_path)
+    assert Path(result.stdout.strip()) == ROOT / "adakernels" / "__init__.py", result.stderr
+
+
+def test_cpu_info_does_not_need_torch() -> None:
+    _C = pytest.importorskip("adakernels._C")
+    code = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.best_isa(), "torch" in sys.modules)
+"""
+    result = run(sys.executable, "-c", code, _C.__file__)
+    assert result.stdout.split() == [_C.best_isa(), "False"], result.stderr
+
+
+def test_build_without_compiler_goes_on_and_says_so(tmp_path: Path) -> None:
+    result = run(sys.executable, "setup.py", "build_ext", "-b", str(tmp_path), CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "building WITHOUT NATIVE CODE: there is no C++ compiler" in result.stderr
+    assert [path.name for path in (tmp_path / "adakernels").iterdir()] == [_extension._NOTE.name]
+
+
+@pytest.mark.skipif(not _extension.has_cpu, reason="needs what the compiled extension needs")
+def test_wheel_contents(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
+    result = run(*pip, "-w", str(tmp_path), str(ROOT))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = next(name for name in names if name.endswith("METADATA"))
+        requirements = [
+            line for line in archive.read(metadata).decode().splitlines() if "Requires-Dist" in line
+        ]
+    assert {"adakernels/__init__.py", "adakernels/_ops.so", "adakernels/py.typed"} <= names
+    assert any(name.startswith("adakernels/_C.") and name.endswith(".so") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"adakernels"}
+    assert [line for line in requirements if "extra ==" not in line] == ["Requires-Dist: torch>=2.10"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("on", "there are no CUDA kernels in csrc/cuda"), ("yes", "must be auto, on or off, got 'yes'")],
+)
+def test_cuda_option_is_checked(value: str, message: str, tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    import torch
+
+    definitions = [f"-DADAKERNELS_TORCH_DIR={Path(torch.__file__).parent}", f"-DADAKERNELS_CUDA={value}"]
+    result = run("cmake", "-S", str(ROOT), "-B", str(tmp_path), *definitions)
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())
