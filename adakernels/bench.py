@@ -106,7 +106,7 @@ def _reason(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     text = report.longreprtext if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}"
     lines = text.splitlines()
-    return "\n".join([*lines[:8], "…"] if len(lines) > 8 else lines)
+    return "\n".join([line[:200] for line in lines[:6]] + (["…"] if len(lines) > 6 else []))
 
 
 def build_parser() -> argparse.ArgumentParser:
