@@ -425,7 +425,7 @@ def test_pages_are_rewritten(tmp_path: Path) -> None:
     )
     assert "old" not in text and "(results/results.json)" in text and "![" in text
     # 2 GFLOP at 100 GFLOP/s take 20 ms, 3 MB at 20 GB/s take 0.15 ms.
-    assert "| 64to64k3at56 | 2.00 | 3.0 | 20.00 (operations) | 2.00 | 1.00 |" in page.read_text()
+    assert "| 64to64k3at56-u0.50 | 2.00 | 3.0 | 20.00 (operations) | 2.00 | 1.00 |" in page.read_text()
     assert report.rewrite_pages(tmp_path, file) == []
     readme.write_text("<!-- bench:table -->\n")
     with pytest.raises(ValueError, match="expected <!-- /bench:table --> after"):
