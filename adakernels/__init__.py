@@ -1,13 +1,25 @@
 """Drop-in PyTorch operators and modules for video networks that decide per input what to compute."""
 
+from adakernels import models, nn, policies
 from adakernels.backends import available_backends, explain, use_backend
+from adakernels.convert import convert
+from adakernels.flops import count_flops
+from adakernels.nn import GatedConv2d
 from adakernels.ops import Policy, gated_conv2d, temporal_fuse
+from adakernels.policies import ChannelPolicy
 
 __all__ = [
+    "ChannelPolicy",
+    "GatedConv2d",
     "Policy",
     "available_backends",
+    "convert",
+    "count_flops",
     "explain",
     "gated_conv2d",
+    "models",
+    "nn",
+    "policies",
     "temporal_fuse",
     "use_backend",
 ]

@@ -88,7 +88,12 @@ def can_run_cpu(op: str, device: torch.device, dtype: torch.dtype, *, raise_erro
     if device.type != "cpu":
         return refuse(op, "cpu", f"the tensors are on '{device}'", raise_error)
     if dtype not in (torch.float32, torch.bfloat16):
-        return refuse(op, "cpu", f"it has float32 and bfloat16 kernels, not {dtype}", raise_error)
+        return refuse(
+            op,
+            "cpu",
+            f"it has float32 and bfloat16 kernels, not {str(dtype).removeprefix('torch.')}",
+            raise_error,
+        )
     return True
 
 
@@ -103,8 +108,11 @@ def can_run_cuda(op: str, *, raise_error: bool = False) -> bool:
 
 
 def choose(requested: str, predicates: Mapping[str, Predicate]) -> str:
-    """The backend for a call, given the one asked for and the predicates in order of preference."""
-    if requested == "reference":
+    """The backend for a call, given the one asked for and the predicates in order of preference.
+
+    No predicates at all mean that torch's own operators do the call, whatever is asked for.
+    """
+    if requested == "reference" or not predicates:
         return "reference"
     if requested != "auto":
         predicates[requested](raise_error=True)
@@ -174,7 +182,11 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     requested = requested_backend()
     reasons: dict[str, str] = {}
     chosen: str | None = None
-    for backend, can_run in _predicates[op](*args, **kwargs).items():
+    predicates = _predicates[op](*args, **kwargs)
+    if not predicates:
+        own = "this call needs no kernel, torch's own operators do it"
+        return Explanation(name, "reference", dict.fromkeys(("cuda", "triton", "cpu"), own))
+    for backend, can_run in predicates.items():
         try:
             can_run(raise_error=True)
         except ValueError as error:

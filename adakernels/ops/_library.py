@@ -1,5 +1,9 @@
 """The dispatcher namespace that the operators are declared in, and how they are called."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,11 +12,36 @@ from torch.library import Library
 
 library = Library("adakernels", "DEF")
 
+_flop_formulas: dict[Any, Callable[..., int]] = {}
+
+
+def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorator: an operator's dense count for `torch.utils.flop_counter`, where shapes stand for tensors."""
+
+    def keep(formula: Callable[..., int]) -> Callable[..., int]:
+        _flop_formulas[op] = formula
+        return formula
+
+    return keep
+
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     """Call an operator, past its Python autograd where no gradient is wanted."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if _flop_formulas:
+        _hand_over_flop_formulas()
+    if torch.is_grad_enabled():
         return op(*args)
     # Entering the Python autograd only to find that there is nothing to do costs 8 µs.
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _hand_over_flop_formulas() -> None:
+    # That module imports Triton, so it is left to whoever counts to import it.
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is not None:
+        while _flop_formulas:
+            op, formula = _flop_formulas.popitem()
+            counter.register_flop_formula(op)(formula)

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from adakernels import backends, flops
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts, optional_facts
 from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, library
+from adakernels.ops._library import call, flop_formula, library
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
@@ -135,7 +134,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("adakernels::gated_conv2d_backward", _refuse_double_backward, lib=library)
 
 
-@register_flop_formula(torch.ops.adakernels.gated_conv2d)
+@flop_formula(torch.ops.adakernels.gated_conv2d)
 def _dense_flops(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
@@ -143,15 +142,19 @@ def _dense_flops(
     out_shape: Sequence[int],
     **kwargs: Any,
 ) -> int:
-    return conv_flop_count([*input_shape], [*weight_shape], [*out_shape])
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
 
 
-@register_flop_formula(torch.ops.adakernels.gated_conv2d_backward)
+@flop_formula(torch.ops.adakernels.gated_conv2d_backward)
 def _dense_backward_flops(
-    grad_shape: Sequence[int], input_shape: Sequence[int], *args: Any, **kwargs: Any
+    grad_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     grad_input, grad_weight = args[-3:-1]
-    return (grad_input + grad_weight) * conv_flop_count([*input_shape], args[0], [*grad_shape])
+    return (grad_input + grad_weight) * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
 
 
 def gated_conv2d_flops(
@@ -205,7 +208,11 @@ def can_run_cpu(input: Facts, weight: Facts, groups: int, *, raise_error: bool =
     return True
 
 
-def _predicates(input: Facts, weight: Facts, groups: int) -> Mapping[str, backends.Predicate]:
+def _predicates(
+    input: Facts, weight: Facts, policy: Facts | None, in_policy: Facts | None, groups: int
+) -> Mapping[str, backends.Predicate]:
+    if in_policy is None and (policy is None or policy[1].is_floating_point):
+        return {}
     return {
         "cuda": partial(backends.can_run_cuda, "gated_conv2d"),
         "triton": partial(backends.can_run_triton, "gated_conv2d"),
@@ -242,10 +249,19 @@ class _Plan(NamedTuple):
 
 
 @_checks.cached
-def _plan(requested: str, input: Facts, weight: Facts, *rest: Any) -> _Plan:
+def _plan(
+    requested: str,
+    input: Facts,
+    weight: Facts,
+    bias: Facts | None,
+    policy: Facts | None,
+    in_policy: Facts | None,
+    *arguments: Any,
+) -> _Plan:
     """Validate a call and choose its backend."""
-    conv = _check(input, weight, *rest)
-    return _Plan(backends.choose(requested, _predicates(input, weight, conv.groups)), conv)
+    conv = _check(input, weight, bias, policy, in_policy, *arguments)
+    predicates = _predicates(input, weight, policy, in_policy, conv.groups)
+    return _Plan(backends.choose(requested, predicates), conv)
 
 
 def gated_conv2d(
@@ -409,19 +425,12 @@ def _explain(
     activation: str | None = None,
 ) -> Mapping[str, backends.Predicate]:
     op = "gated_conv2d"
-    input_facts, weight_facts = facts(op, "input", input), facts(op, "weight", weight)
-    others = optional_facts(op, "bias", bias), optional_facts(op, "policy", policy)
-    in_policy_facts = optional_facts(op, "in_policy", in_policy)
-    _check(
-        input_facts,
-        weight_facts,
-        *others,
-        in_policy_facts,
-        frames,
-        stride,
-        padding,
-        dilation,
-        groups,
-        activation,
+    tensors = (
+        facts(op, "input", input),
+        facts(op, "weight", weight),
+        optional_facts(op, "bias", bias),
+        optional_facts(op, "policy", policy),
+        optional_facts(op, "in_policy", in_policy),
     )
-    return _predicates(input_facts, weight_facts, groups)
+    _check(*tensors, frames, stride, padding, dilation, groups, activation)
+    return _predicates(*tensors[:2], *tensors[3:], groups)

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, library
+from adakernels.ops._library import call, flop_formula, library
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, previous_frame
 
 library.define(
@@ -84,7 +83,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("adakernels::temporal_fuse_backward", _refuse_double_backward, lib=library)
 
 
-@register_flop_formula(torch.ops.adakernels.temporal_fuse)
+@flop_formula(torch.ops.adakernels.temporal_fuse)
 def _dense_flops(*args: Any, **kwargs: Any) -> int:
     # Multiply-adds of convolutions are what the papers count.
     return 0

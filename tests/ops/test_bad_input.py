@@ -1,0 +1,257 @@
+"""Every bad argument is refused with a sentence that says what is wrong, on every path alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import adakernels as ak
+
+
+@pytest.fixture(params=["eager", "reference", "fake", "cpu", "meta"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The ways that a call can take; a fake tensor has no values and a meta tensor no kernels."""
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_backend")
+    with ak.use_backend("reference") if request.param == "reference" else nullcontext():
+        with FakeTensorMode() if request.param == "fake" else nullcontext():
+            with torch.device("meta") if request.param == "meta" else nullcontext():
+                yield request.param
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.int64)
+
+
+BAD_CONVOLUTIONS: list[tuple[Callable[[], dict[str, Any]], type[Exception], str]] = [
+    # Things that are no tensors.
+    (lambda: {"input": [1.0]}, TypeError, "expected input to be a Tensor, got list"),
+    (lambda: {"input": None}, TypeError, "expected input to be a Tensor, got NoneType"),
+    (lambda: {"weight": np.zeros((6, 4, 3, 3))}, TypeError, "expected weight to be a Tensor, got ndarray"),
+    (lambda: {"bias": 1.0}, TypeError, "expected bias to be a Tensor, got float"),
+    (lambda: {"policy": [[0]]}, TypeError, "expected policy to be a Tensor, got list"),
+    (lambda: {"in_policy": 2}, TypeError, "expected in_policy to be a Tensor, got int"),
+    # Ranks and shapes.
+    (
+        lambda: {"input": torch.ones(4, 7, 7)},
+        ValueError,
+        "expected input of rank 4 [N, C_in, H, W], got shape [4, 7, 7]",
+    ),
+    (
+        lambda: {"weight": torch.ones(6, 4, 3)},
+        ValueError,
+        "expected weight of rank 4 [C_out, C_in/groups, kh, kw], got shape [6, 4, 3]",
+    ),
+    (
+        lambda: {"weight": torch.ones(6, 5, 3, 3)},
+        ValueError,
+        "expected weight of shape [C_out, C_in/groups, kh, kw] with C_in/groups = 4, got [6, 5, 3, 3]",
+    ),
+    (
+        lambda: {"weight": torch.ones(6, 4, 0, 3)},
+        ValueError,
+        "expected weight without empty dimensions, got shape [6, 4, 0, 3]",
+    ),
+    (lambda: {"bias": torch.ones(5)}, ValueError, "expected bias of shape [C_out] = [6], got [5]"),
+    (
+        lambda: {"policy": ints(4, 5)},
+        ValueError,
+        "expected policy of shape [N, C_out] = [4, 6], got [4, 5]",
+    ),
+    (
+        lambda: {"policy": ints(4, 6, 3)},
+        ValueError,
+        "expected policy of shape [N, C_out] = [4, 6], got [4, 6, 3]",
+    ),
+    (
+        lambda: {"policy": torch.ones(4, 6)},
+        ValueError,
+        "expected float policy of shape [N, C_out, 3] = [4, 6, 3], got [4, 6]",
+    ),
+    (
+        lambda: {"in_policy": ints(4, 6)},
+        ValueError,
+        "expected in_policy of shape [N, C_in] = [4, 4], got [4, 6]",
+    ),
+    # Dtypes.
+    (
+        lambda: {"input": ints(4, 4, 7, 7)},
+        TypeError,
+        "expected input of dtype float32, float64, float16 or bfloat16, got int64",
+    ),
+    (
+        lambda: {"input": torch.ones(4, 4, 7, 7, dtype=torch.complex64)},
+        TypeError,
+        "expected input of dtype float32, float64, float16 or bfloat16, got complex64",
+    ),
+    (
+        lambda: {"weight": torch.ones(6, 4, 3, 3, dtype=torch.bfloat16)},
+        TypeError,
+        "expected weight of the dtype of input, float32, got bfloat16",
+    ),
+    (
+        lambda: {"bias": torch.ones(6, dtype=torch.float64)},
+        TypeError,
+        "expected bias of the dtype of input, float32, got float64",
+    ),
+    (
+        lambda: {"policy": torch.ones(4, 6, dtype=torch.bool)},
+        TypeError,
+        "expected policy of an integer dtype, got bool",
+    ),
+    (
+        lambda: {"in_policy": torch.ones(4, 4, 3)},
+        TypeError,
+        "expected in_policy of an integer dtype, got float32",
+    ),
+    # Numbers.
+    (lambda: {"frames": 0}, ValueError, "expected frames of at least 1, got 0"),
+    (lambda: {"frames": 3}, ValueError, "expected a batch of whole clips of frames = 3, got N = 4"),
+    (lambda: {"frames": 2.0}, TypeError, "expected frames to be an int, got float"),
+    (lambda: {"frames": True}, TypeError, "expected frames to be an int, got bool"),
+    (lambda: {"stride": 0}, ValueError, "expected stride of at least 1, got 0"),
+    (lambda: {"stride": (1, -2)}, ValueError, "expected stride of at least 1, got -2"),
+    (lambda: {"stride": 1.5}, TypeError, "expected stride to be an int, got float"),
+    (lambda: {"stride": (1, 1, 1)}, ValueError, "expected stride to be an int or 2 of them, got 3"),
+    (lambda: {"stride": [2]}, ValueError, "expected stride to be an int or 2 of them, got 1"),
+    (lambda: {"padding": -1}, ValueError, "expected padding of at least 0, got -1"),
+    (
+        lambda: {"padding": "full"},
+        ValueError,
+        "expected padding to be numbers, 'same' or 'valid', got 'full'",
+    ),
+    (
+        lambda: {"padding": "same", "stride": 2},
+        ValueError,
+        "expected stride 1 with padding='same', got [2, 2]",
+    ),
+    (lambda: {"dilation": 0}, ValueError, "expected dilation of at least 1, got 0"),
+    (lambda: {"dilation": None}, TypeError, "expected dilation to be an int, got NoneType"),
+    (
+        lambda: {"dilation": 4},
+        ValueError,
+        "expected a kernel no larger than the padded input, got a kernel reaching over [9, 9] and a padded "
+        "input of [7, 7]",
+    ),
+    (
+        lambda: {"input": torch.ones(4, 4, 0, 7)},
+        ValueError,
+        "expected a kernel no larger than the padded input, got a kernel reaching over [3, 3] and a padded "
+        "input of [0, 7]",
+    ),
+    (lambda: {"groups": 0}, ValueError, "expected groups of at least 1, got 0"),
+    (lambda: {"groups": 3}, ValueError, "expected groups to divide C_in = 4 and C_out = 6, got 3"),
+    (lambda: {"groups": 4}, ValueError, "expected groups to divide C_in = 4 and C_out = 6, got 4"),
+    (
+        lambda: {"groups": 2},
+        ValueError,
+        "expected weight of shape [C_out, C_in/groups, kh, kw] with C_in/groups = 2, got [6, 4, 3, 3]",
+    ),
+    (
+        lambda: {"activation": "gelu"},
+        ValueError,
+        "expected activation None, 'relu', 'relu6' or 'silu', got 'gelu'",
+    ),
+    (lambda: {"activation": 1}, ValueError, "expected activation None, 'relu', 'relu6' or 'silu', got 1"),
+]
+
+
+@pytest.mark.parametrize("case", BAD_CONVOLUTIONS, ids=[case[2] for case in BAD_CONVOLUTIONS])
+def test_gated_conv2d(path: str, case: tuple[Callable[[], dict[str, Any]], type[Exception], str]) -> None:
+    make, error, sentence = case
+    arguments = {
+        "input": torch.ones(4, 4, 7, 7),
+        "weight": torch.ones(6, 4, 3, 3),
+        "bias": torch.ones(6),
+        "policy": ints(4, 6),
+        "in_policy": ints(4, 4),
+        "frames": 2,
+    }
+    ak.gated_conv2d(**arguments)
+    with pytest.raises(error, match=re.escape(f"gated_conv2d: {sentence}")):
+        ak.gated_conv2d(**arguments | make())
+
+
+BAD_FUSIONS: list[tuple[Callable[[], dict[str, Any]], type[Exception], str]] = [
+    (lambda: {"input": 1}, TypeError, "expected input to be a Tensor, got int"),
+    (lambda: {"policy": None}, TypeError, "expected policy to be a Tensor, got NoneType"),
+    (
+        lambda: {"input": torch.ones(4, 6, 3)},
+        ValueError,
+        "expected input of rank 4 [N, C, H, W], got shape [4, 6, 3]",
+    ),
+    (
+        lambda: {"input": ints(4, 6, 3, 3)},
+        TypeError,
+        "expected input of dtype float32, float64, float16 or bfloat16, got int64",
+    ),
+    (lambda: {"policy": ints(4, 5)}, ValueError, "expected policy of shape [N, C] = [4, 6], got [4, 5]"),
+    (
+        lambda: {"policy": torch.ones(4, 6, 2)},
+        ValueError,
+        "expected float policy of shape [N, C, 3] = [4, 6, 3], got [4, 6, 2]",
+    ),
+    (lambda: {"policy": ints(4, 6) > 0}, TypeError, "expected policy of an integer dtype, got bool"),
+    (lambda: {"frames": 3}, ValueError, "expected a batch of whole clips of frames = 3, got N = 4"),
+    (lambda: {"frames": -1}, ValueError, "expected frames of at least 1, got -1"),
+    (lambda: {"frames": "2"}, TypeError, "expected frames to be an int, got str"),
+]
+
+
+@pytest.mark.parametrize("case", BAD_FUSIONS, ids=[case[2] for case in BAD_FUSIONS])
+def test_temporal_fuse(path: str, case: tuple[Callable[[], dict[str, Any]], type[Exception], str]) -> None:
+    make, error, sentence = case
+    arguments = {"input": torch.ones(4, 6, 3, 3), "policy": ints(4, 6), "frames": 2}
+    with pytest.raises(error, match=re.escape(f"temporal_fuse: {sentence}")):
+        ak.temporal_fuse(**arguments | make())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "policy", "in_policy"])
+def test_tensors_on_different_devices(name: str) -> None:
+    arguments = {
+        "input": torch.ones(4, 4, 7, 7),
+        "weight": torch.ones(6, 4, 3, 3),
+        "bias": torch.ones(6),
+        "policy": ints(4, 6),
+        "in_policy": ints(4, 4),
+    }
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(
+        ValueError, match=f"gated_conv2d: expected {name} on the device of input, 'cpu', got 'meta'"
+    ):
+        ak.gated_conv2d(**arguments)
+    with pytest.raises(ValueError, match="temporal_fuse: expected policy on the device of input, 'cpu', got"):
+        ak.temporal_fuse(torch.ones(4, 6, 3, 3), ints(4, 6).to("meta"), frames=2)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("value", [-1, 3])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
+def test_policy_values(value: int, dtype: torch.dtype) -> None:
+    policy, in_policy = ints(4, 6), ints(4, 4)
+    bad_policy, bad_in_policy = policy.clone(), in_policy.clone()
+    bad_policy[3, 5] = bad_in_policy[3, 3] = value
+    tensors = torch.ones(4, 4, 7, 7), torch.ones(6, 4, 3, 3), None
+    sentence = rf"values 0 \(KEEP\), 1 \(REUSE\) or 2 \(SKIP\), got {value}"
+    with pytest.raises(ValueError, match=f"gated_conv2d: expected policy {sentence}"):
+        ak.gated_conv2d(*tensors, bad_policy.to(dtype), in_policy=in_policy)
+    with pytest.raises(ValueError, match=f"gated_conv2d: expected in_policy {sentence}"):
+        ak.gated_conv2d(*tensors, policy, in_policy=bad_in_policy.to(dtype))
+    with pytest.raises(ValueError, match=f"temporal_fuse: expected policy {sentence}"):
+        ak.temporal_fuse(torch.ones(4, 6, 2, 2), bad_policy.to(dtype), frames=1)
+
+
+def test_the_same_call_with_numbers_of_another_type() -> None:
+    arguments = (torch.ones(4, 4, 7, 7), torch.ones(6, 4, 3, 3), None, ints(4, 6))
+    ak.gated_conv2d(*arguments, stride=2, frames=1)
+    with pytest.raises(TypeError, match="expected stride to be an int, got float"):
+        ak.gated_conv2d(*arguments, stride=2.0, frames=1)
+    with pytest.raises(TypeError, match="expected frames to be an int, got bool"):
+        ak.gated_conv2d(*arguments, stride=2, frames=True)
