@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from adakernels.nn import GatedConv2d, conv_norm_act, temporal_shift
@@ -123,7 +124,12 @@ class ResNet(nn.Module):
 
     def stem(self, input: Tensor) -> Tensor:  # [N, 3, H, W]
         """What comes before the residual blocks, [N, 64, H / 4, W / 4]."""
-        return self.maxpool(conv_norm_act(self.conv1, self.bn1, "relu", input))
+        inner = input.is_contiguous(memory_format=torch.channels_last)
+        if input.device.type == "cpu":
+            # There max pooling is twenty times faster with the channels innermost.
+            input = input.contiguous(memory_format=torch.channels_last)
+        features = self.maxpool(conv_norm_act(self.conv1, self.bn1, "relu", input))
+        return features.contiguous(memory_format=torch.channels_last if inner else torch.contiguous_format)
 
     def blocks(self) -> Iterator[tuple[str, ResidualBlock]]:
         """The residual blocks in order, each with its name within the model."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adakernels import flops
-from adakernels.nn.folding import FoldCache, is_foldable
+from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
 
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -53,7 +53,7 @@ class GatedConv2d(nn.Conv2d):
             raise ValueError(f"GatedConv2d: expected activation to be one of {names}, got {activation!r}")
         self.norm = norm if norm is None or isinstance(norm, nn.Module) else norm(self.out_channels)
         self.activation = activation
-        self._folded = FoldCache()
+        self._folded: FoldCache = FoldCache()
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> GatedConv2d:
@@ -127,7 +127,7 @@ def conv_norm_act(
     if norm is None:
         return _conv_act(conv, conv.weight, conv.bias, activation, input, policy, frames, in_policy)
     if is_foldable(norm):
-        weight, bias = conv._folded.fold(conv.weight, conv.bias, cast(_BatchNorm, norm))
+        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
         return _conv_act(conv, weight, bias, activation, input, policy, frames, in_policy)
     output = norm(_conv_act(conv, conv.weight, conv.bias, None, input, None, frames, in_policy))
     output = _ACTIVATIONS[activation](output)
