@@ -181,11 +181,9 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads()
     machine = report.describe_machine(threads)
-    if machine["load"] > 0.5:
-        print(
-            f"warning: other programs are running (load {machine['load']:.1f}), times will be off",
-            file=sys.stderr,
-        )
+    if (machine["busy_cores"] or 0) > 0.2:
+        busy = f"{machine['busy_cores']:.1f} of {machine['cores']} cores"
+        print(f"warning: other programs keep {busy} busy, times will be off", file=sys.stderr)
     partial = arguments.quick or arguments.filter is not None
     slug = report.device_slug(machine["device"], threads)
     base = root / "build" / "bench" if partial else root / "benchmarks" / "results"

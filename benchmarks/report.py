@@ -53,7 +53,7 @@ def device_slug(device: str, threads: int) -> str:
 
 
 def busy_cores(seconds: float = 0.5) -> float | None:
-    """How many cores other programs keep busy while this one sleeps; None where Linux's /proc/stat is missing."""
+    """How many cores other programs keep busy while this one sleeps; None where /proc/stat is missing."""
 
     def read() -> tuple[int, int]:
         fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
