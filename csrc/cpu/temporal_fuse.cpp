@@ -101,8 +101,9 @@ std::tuple<Tensor, Tensor> temporal_fuse_backward(const Tensor& grad_output,  //
       });
     }
   }
-  const bool same = policy.scalar_type() == ScalarType::Float || !want_policy;
-  return {grad_input, same ? grad_policy : torch::stable::to(grad_policy, policy.scalar_type())};
+  // The gradient has the policy's dtype also where it is empty.
+  return {grad_input, policy.scalar_type() == ScalarType::Float ? grad_policy
+                                                                : torch::stable::to(grad_policy, policy.scalar_type())};
 }
 
 }  // namespace
