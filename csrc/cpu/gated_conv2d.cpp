@@ -112,11 +112,11 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   for (Convolution& conv : convs) {
     flatten_grid(conv);
     if (problem.group_count == 1 && can_use_winograd(conv)) {
-      transform_weights(conv, units, row_count, channel_count, kernels, call_scratch());
       if (shares_weights(conv, units, kernels)) {
-        convolve_sharing_weights(conv, units, kernels, call_scratch());
+        convolve_sharing_weights(conv, units, row_count, channel_count, kernels, call_scratch());
         continue;
       }
+      transform_weights(conv, units, row_count, channel_count, kernels, call_scratch());
     }
     add_tasks(tasks, conv, units, kernels);
   }

@@ -20,9 +20,9 @@ constexpr int64_t kSourceBytes = 256 * 1024;
 constexpr int64_t kPointBytes = 900 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
-// Their transformed blocks, and the products of that many rows of each, still fit the caches.
-constexpr size_t kUnitsSharingWeights = 8;
-constexpr int64_t kRowsSharingWeights = 16;
+// As many units as share the cost of transforming kernels, and as many rows as their caches hold kernels of.
+constexpr size_t kUnitsSharingWeights = 16;
+constexpr int64_t kRowsSharingWeights = 32;
 constexpr size_t kUnitsPerTask = 64;
 constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
@@ -113,8 +113,7 @@ void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t r
   std::vector<int64_t> rows;
   for (int64_t r = 0; r < row_count; ++r)
     if (used[size_t(r)]) rows.push_back(r);
-  // Points are a multiple of a cache line apart, but not of a power of two of them: 16 are written at once.
-  const int64_t point_stride = ceil_div(channel_count, 16) * 16 + 16, row_stride = 16 * point_stride;
+  const int64_t point_stride = kernels.winograd_point_stride(channel_count), row_stride = 16 * point_stride;
   float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
   constexpr int64_t chunk = 8;
   const int64_t count = ceil_div(int64_t(rows.size()), chunk);
@@ -131,26 +130,26 @@ bool shares_weights(const Convolution& conv, std::span<const Unit> units, const 
   return units.size() > 1 && blocks <= kernels.pixel_block / 2;
 }
 
-void convolve_sharing_weights(const Convolution& conv, std::span<const Unit> units, const Kernels& kernels,
-                              Scratch& scratch) {
-  const Tile tile = {0, ceil_div(conv.grid_height, 2), 0, ceil_div(conv.grid_width, 2), 0, INT64_MAX};
+void convolve_sharing_weights(const Convolution& conv, std::span<const Unit> units, int64_t row_count,
+                              int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
+  const int64_t blocks_y = ceil_div(conv.grid_height, 2), blocks_x = ceil_div(conv.grid_width, 2);
+  const Tile tile = {0, blocks_y, 0, blocks_x, 0, row_count};
   for (size_t first = 0; first < units.size(); first += kUnitsSharingWeights) {
     const auto batch = units.subspan(first, std::min(kUnitsSharingWeights, units.size() - first));
     std::vector<int64_t> at = {0};
-    int64_t rows = 0;
     double work = 0;
     for (const Unit& unit : batch) {
       at.push_back(at.back() + kernels.winograd_points_size(tile, unit.live_count));
-      rows = std::max(rows, unit.row_count);
-      work += double(unit.row_count * unit.live_count) * double(tile.y_end * tile.x_end) * 16;
+      work += double(unit.row_count * unit.live_count * blocks_y * blocks_x) * 16;
     }
-    float* points = static_cast<float*>(scratch.reserve(at.back() * 4, 1));
+    float* points = static_cast<float*>(scratch.reserve(at.back() * 4));
     run_tasks(int64_t(batch.size()), work, [&](int64_t u, Scratch& own) {
       kernels.winograd_points(conv, batch[size_t(u)], tile, points + at[size_t(u)], own);
     });
-    const int64_t parts = ceil_div(rows, kRowsSharingWeights);
-    run_tasks(parts, work, [&](int64_t part, Scratch& own) {
-      kernels.winograd_rows(conv, batch.data(), int64_t(batch.size()), tile, points, part, parts, own);
+    run_tasks(ceil_div(row_count, kRowsSharingWeights), work, [&](int64_t part, Scratch& own) {
+      const int64_t begin = part * kRowsSharingWeights;
+      kernels.convolve_winograd_rows(conv, batch.data(), int64_t(batch.size()), tile, points, begin,
+                                     std::min(begin + kRowsSharingWeights, row_count), channel_count, own);
     });
   }
 }

@@ -25,8 +25,8 @@ void transform_weights(Convolution& convolution, std::span<const Unit> units, in
 bool shares_weights(const Convolution& convolution, std::span<const Unit> units, const Kernels& kernels);
 
 // Winograd's method for such units.
-void convolve_sharing_weights(const Convolution& convolution, std::span<const Unit> units, const Kernels& kernels,
-                              Scratch& scratch);
+void convolve_sharing_weights(const Convolution& convolution, std::span<const Unit> units, int64_t row_count,
+                              int64_t channel_count, const Kernels& kernels, Scratch& scratch);
 
 struct Task {
   const Convolution* convolution;

@@ -31,9 +31,8 @@ inline Window window_of(const Planes& planes, int64_t y, int64_t x, int64_t heig
 // The even elements of a pair of vectors.
 template <int lanes>
 inline Vector<lanes> even(Vector<lanes> low, Vector<lanes> high) {
-  typename VectorOf<lanes>::integer index;
-  for (int i = 0; i < lanes; ++i) index[i] = 2 * i;
-  return __builtin_shuffle(low, high, index);
+  constexpr auto positions = indices<lanes>([](int i) { return 2 * i; });
+  return shuffle<lanes>(low, high, positions);
 }
 
 // row[i] (+)= from[i * hop] for i < count. May write up to a vector past the end, and reads nothing past `limit`.

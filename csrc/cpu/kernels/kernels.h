@@ -28,12 +28,14 @@ struct Kernels {
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
-  // Its two halves, for tiles of several units at once: the transformed source, of winograd_points_size floats a unit,
-  // and one part of the units' rows.
+  // The same in two steps for several units with one geometry: the transformed source, of winograd_points_size floats
+  // a unit, then ranges of rows.
   int64_t (*winograd_points_size)(const Tile&, int64_t live_count);
   void (*winograd_points)(const Convolution&, const Unit&, const Tile&, float* points, Scratch&);
-  void (*winograd_rows)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, const float* points,
-                        int64_t part, int64_t part_count, Scratch&);
+  void (*convolve_winograd_rows)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, const float* points,
+                                 int64_t row_begin, int64_t row_end, int64_t channel_count, Scratch&);
+  // Distance of two points of a transformed kernel.
+  int64_t (*winograd_point_stride)(int64_t channel_count);
   // The transformed kernels of one row of weights for all `channel_count` channels.
   void (*winograd_weights)(const Convolution&, int64_t row, int64_t channel_count, float* transformed,
                            int64_t point_stride);

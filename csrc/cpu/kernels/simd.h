@@ -40,6 +40,27 @@ inline void store(float* p, Vector<lanes> v) {
   *reinterpret_cast<typename VectorOf<lanes>::unaligned*>(p) = v;
 }
 
+// Positions in a pair of vectors, as a constant that is loaded and not built at run time.
+template <int lanes>
+struct Indices {
+  int32_t at[lanes];
+};
+
+template <int lanes, typename Index>
+constexpr Indices<lanes> indices(Index index) {
+  Indices<lanes> all = {};
+  for (int i = 0; i < lanes; ++i) all.at[i] = index(i);
+  return all;
+}
+
+// The elements of a pair of vectors at these positions.
+template <int lanes>
+inline Vector<lanes> shuffle(Vector<lanes> low, Vector<lanes> high, const Indices<lanes>& positions) {
+  typename VectorOf<lanes>::integer index;
+  std::memcpy(&index, positions.at, sizeof(index));
+  return __builtin_shuffle(low, high, index);
+}
+
 // Subtracting 0 changes no value, unlike adding it to -0, so it costs nothing.
 template <int lanes>
 inline Vector<lanes> broadcast(float value) {

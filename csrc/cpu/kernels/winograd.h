@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kPoints = 16;  // of a transformed 4x4 block
 
+// Points are whole cache lines apart, but not a power of two of them: 16 are written at once.
+int64_t winograd_point_stride(int64_t channel_count) { return (channel_count + 15) / 16 * 16 + 16; }
+
 // kernels[k][i] = value k of the 3x3 kernel of channel first + i, for i < count.
 inline void gather_kernels(const float* weights, const float* limit, int64_t stride, int64_t count,
                            float kernels[9][kLanes]) {
@@ -99,11 +102,8 @@ inline void transform_block_row(const float* patch, int64_t plane, int64_t pitch
 inline void transform_back(const float* products, int64_t stride, int64_t block_count, float bias,
                            Activation activation, float* upper, float* lower) {
   using V = Vector<kLanes>;
-  typename VectorOf<kLanes>::integer first, second;
-  for (int i = 0; i < kLanes; ++i) {
-    first[i] = i / 2 + (i & 1) * kLanes;
-    second[i] = first[i] + kLanes / 2;
-  }
+  constexpr auto first = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes; });
+  constexpr auto second = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes + kLanes / 2; });
   for (int64_t t = 0; t < block_count; t += kLanes) {
     V top[4], bottom[4];
 #pragma GCC unroll 4
@@ -117,8 +117,8 @@ inline void transform_back(const float* products, int64_t stride, int64_t block_
     const auto finish = [&](const V* s, float* to) {
       const V left = activate<kLanes>(activation, s[0] + s[1] + s[2] + bias);
       const V right = activate<kLanes>(activation, s[1] - s[2] - s[3] + bias);
-      store<kLanes>(to + 2 * t, __builtin_shuffle(left, right, first));
-      store<kLanes>(to + 2 * t + kLanes, __builtin_shuffle(left, right, second));
+      store<kLanes>(to + 2 * t, shuffle<kLanes>(left, right, first));
+      store<kLanes>(to + 2 * t + kLanes, shuffle<kLanes>(left, right, second));
     };
     finish(top, upper);
     finish(bottom, lower);
@@ -135,7 +135,7 @@ struct Blocks {
       : rows(tile.y_end - tile.y_begin),
         columns(tile.x_end),
         count(rows * columns),
-        room((count + kTilePixels + 15) / 16 * 16) {}
+        room(count <= kVectors * kLanes ? (count + kLanes - 1) / kLanes * kLanes : count + kTilePixels) {}
 };
 
 int64_t winograd_points_size(const Tile& tile, int64_t live_count) {
@@ -165,20 +165,15 @@ void winograd_points(const Convolution& conv, const Unit& unit, const Tile& tile
   }
 }
 
-// Multiplies and stores part `part` of `part_count` of the rows of units that share a tile's geometry. Point by point,
-// so that the weights of one point serve all units before those of the next are read.
-// points: [unit][winograd_points_size]
-void winograd_rows(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
-                   const float* points, int64_t part, int64_t part_count, Scratch& scratch) {
+// Multiplies and stores the rows of units that share a tile's geometry. Point by point, so that the weights of one
+// point serve all units before those of the next are read. points: [unit][winograd_points_size]
+inline void winograd_rows(const Convolution& conv, const WinogradWeights& weights, const Unit* units,
+                          int64_t unit_count, const Tile& tile, const float* points, Scratch& scratch) {
   const Blocks blocks(tile);
-  const auto begin_of = [&](const Unit& unit, int64_t i) {
-    const int64_t rows = std::min(tile.row_end, unit.row_count) - tile.row_begin;
-    return tile.row_begin + rows * i / part_count;
-  };
   int64_t live_most = 0, rows_most = 0;
   for (int64_t u = 0; u < unit_count; ++u) {
     live_most = std::max(live_most, units[u].live_count);
-    rows_most = std::max(rows_most, begin_of(units[u], part + 1) - begin_of(units[u], part));
+    rows_most = std::max(rows_most, units[u].row_count);
   }
   Layout layout;
   const int64_t products_at = layout.add<float>(unit_count * rows_most * kPoints * blocks.room);
@@ -211,15 +206,14 @@ void winograd_rows(const Convolution& conv, const Unit* units, int64_t unit_coun
     const float* unit_points = points;
     for (int64_t u = 0; u < unit_count; ++u) {
       const Unit& unit = units[u];
-      const int64_t slice = blocks.slice(unit.live_count), begin = begin_of(unit, part);
-      for_row_groups(begin, begin_of(unit, part + 1), [&](int64_t first, int64_t count) {
+      const int64_t slice = blocks.slice(unit.live_count);
+      for_row_groups(0, unit.row_count, [&](int64_t first, int64_t count) {
         const float* rows[kRows];
         for (int64_t r = 0; r < count; ++r)
-          rows[r] = conv.winograd.weight + unit.rows[first + r].channel * conv.winograd.row_stride +
-                    point * conv.winograd.point_stride;
+          rows[r] = weights.weight + unit.rows[first + r].channel * weights.row_stride + point * weights.point_stride;
         const Product product = {rows, steps + u * live_most, unit.live_count, unit_points + point * slice, zero};
         multiply<false, false>(product, count, blocks.count,
-                               products + (u * rows_most + first - begin) * row_room + point * blocks.room, row_room,
+                               products + (u * rows_most + first) * row_room + point * blocks.room, row_room,
                                [](int64_t, int64_t) {});
       });
       unit_points += kPoints * slice;
@@ -227,10 +221,9 @@ void winograd_rows(const Convolution& conv, const Unit* units, int64_t unit_coun
   }
   for (int64_t u = 0; u < unit_count; ++u) {
     const Unit& unit = units[u];
-    const int64_t begin = begin_of(unit, part), end = begin_of(unit, part + 1);
-    for (int64_t r = begin; r < end; ++r) {
+    for (int64_t r = 0; r < unit.row_count; ++r) {
       const Route& route = unit.rows[r];
-      transform_back(products + (u * rows_most + r - begin) * row_room, blocks.room, blocks.count,
+      transform_back(products + (u * rows_most + r) * row_room, blocks.room, blocks.count,
                      conv.bias ? conv.bias[route.channel] : 0.f, conv.activation, upper, lower);
       store_route(conv.target, hop, unit.frame, route, upper, segments, segment_count[0]);
       store_route(conv.target, hop, unit.frame, route, lower, segments + blocks.rows, segment_count[1]);
@@ -242,9 +235,44 @@ void winograd_rows(const Convolution& conv, const Unit* units, int64_t unit_coun
 void convolve_winograd(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
   float* points = static_cast<float*>(scratch.reserve(winograd_points_size(tile, unit.live_count) * 4, 1));
   winograd_points(conv, unit, tile, points, scratch);
-  const int64_t parts = (tile.row_end - tile.row_begin + kRows - 1) / kRows;
-  for (int64_t part = 0; part < parts; ++part)
-    winograd_rows(conv, &unit, 1, tile, points, part, parts, scratch);
+  for_row_groups(tile.row_begin, tile.row_end, [&](int64_t first, int64_t count) {
+    Unit group = unit;
+    group.rows += first;
+    group.row_count = count;
+    winograd_rows(conv, conv.winograd, &group, 1, tile, points, scratch);
+  });
+}
+
+// Rows [row_begin, row_end) of several units: their kernels are transformed here and stay close for all of them.
+void convolve_winograd_rows(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
+                            const float* points, int64_t row_begin, int64_t row_end, int64_t channel_count,
+                            Scratch& scratch) {
+  WinogradWeights weights;
+  weights.point_stride = winograd_point_stride(channel_count);
+  weights.row_stride = kPoints * weights.point_stride;
+  Layout layout;
+  const int64_t units_at = layout.add<Unit>(unit_count);
+  const int64_t used_at = layout.add<bool>(row_end - row_begin);
+  const int64_t weights_at = layout.add<float>((row_end - row_begin) * weights.row_stride);
+  char* memory = static_cast<char*>(scratch.reserve(layout.bytes(), 1));
+  Unit* parts = reinterpret_cast<Unit*>(memory + units_at);
+  bool* used = reinterpret_cast<bool*>(memory + used_at);
+  float* transformed = reinterpret_cast<float*>(memory + weights_at);
+  for (int64_t r = row_begin; r < row_end; ++r) used[r - row_begin] = false;
+  for (int64_t u = 0; u < unit_count; ++u) {
+    Unit& part = parts[u] = units[u];
+    for (; part.row_count > 0 && part.rows->channel < row_begin; ++part.rows) --part.row_count;
+    int64_t count = 0;
+    for (; count < part.row_count && part.rows[count].channel < row_end; ++count)
+      used[part.rows[count].channel - row_begin] = true;
+    part.row_count = count;
+  }
+  for (int64_t r = row_begin; r < row_end; ++r)
+    if (used[r - row_begin])
+      winograd_weights(conv, r, channel_count, transformed + (r - row_begin) * weights.row_stride,
+                       weights.point_stride);
+  weights.weight = transformed - row_begin * weights.row_stride;
+  winograd_rows(conv, weights, parts, unit_count, tile, points, scratch);
 }
 
 }  // namespace
