@@ -28,10 +28,10 @@ inline Window window_of(const Planes& planes, int64_t y, int64_t x, int64_t heig
   return {y, x, height, width, step_y, step_x, begin, std::clamp(inside, begin, width)};
 }
 
-// The even elements of a pair of vectors.
-template <int lanes>
-inline Vector<lanes> even(Vector<lanes> low, Vector<lanes> high) {
-  constexpr auto positions = indices<lanes>([](int i) { return 2 * i; });
+// The even, or odd, elements of a pair of vectors.
+template <int lanes, int first>
+inline Vector<lanes> every_second(Vector<lanes> low, Vector<lanes> high) {
+  constexpr auto positions = indices<lanes>([](int i) { return 2 * i + first; });
   return shuffle<lanes>(low, high, positions);
 }
 
@@ -44,7 +44,7 @@ inline void copy_run(float* row, const T* from, int64_t count, int64_t hop, cons
       for (; i < count && from + i + kLanes <= limit; i += kLanes) store<kLanes>(row + i, load<kLanes>(from + i));
     } else if (hop == 2) {
       for (; i < count && from + 2 * (i + kLanes) <= limit; i += kLanes)
-        store<kLanes>(row + i, even<kLanes>(load<kLanes>(from + 2 * i), load<kLanes>(from + 2 * i + kLanes)));
+        store<kLanes>(row + i, every_second<kLanes, 0>(load<kLanes>(from + 2 * i), load<kLanes>(from + 2 * i + kLanes)));
     }
   }
   if (hop == 1)
@@ -91,6 +91,54 @@ inline void copy_route(float* plane, int64_t pitch, const Planes& planes, int64_
     copy_typed<float>(plane, pitch, planes, frame, route, window);
   else
     copy_typed<uint16_t>(plane, pitch, planes, frame, route, window);
+}
+
+// Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...
+// Nothing is written past the end of `even`, because `odd` may lie there.
+inline void copy_pair(float* even, float* odd, int64_t pitch, const Planes& planes, int64_t frame, int32_t channel,
+                      const Window& left, const Window& right) {
+  const float* data = static_cast<const float*>(planes.data);
+  const float* limit = data + planes.extent;
+  const float* plane = data + frame * planes.frame_stride + channel * planes.channel_stride;
+  const int64_t begin = std::max(left.begin, right.begin), end = std::max(begin, std::min(left.end, right.end));
+  const float* even_end = even + left.height * pitch;
+  for (int64_t y = 0; y < left.height; ++y, even += pitch, odd += pitch) {
+    const int64_t row = left.y + y * left.step_y;
+    if (row < 0 || row >= planes.height) {
+      for (int64_t i = 0; i < left.width; ++i) even[i] = odd[i] = 0;
+      continue;
+    }
+    const float* from = plane + row * planes.row_stride + left.x;
+    const auto edge = [&](int64_t i) {
+      even[i] = i >= left.begin && i < left.end ? from[2 * i] : 0.f;
+      odd[i] = i >= right.begin && i < right.end ? from[2 * i + 1] : 0.f;
+    };
+    for (int64_t i = 0; i < begin; ++i) edge(i);
+    int64_t i = begin;
+    for (; i < end && from + 2 * (i + kLanes) <= limit && even + i + kLanes <= even_end; i += kLanes) {
+      const Vector<kLanes> low = load<kLanes>(from + 2 * i), high = load<kLanes>(from + 2 * i + kLanes);
+      store<kLanes>(even + i, every_second<kLanes, 0>(low, high));
+      store<kLanes>(odd + i, every_second<kLanes, 1>(low, high));
+    }
+    for (; i < end; ++i) edge(i);
+    for (i = end; i < left.width; ++i) edge(i);
+  }
+}
+
+// Copies a channel to all phases, which follow one another `plane` elements apart.
+inline void copy_phases(float* to, int64_t plane, int64_t pitch, const Planes& planes, int64_t frame,
+                        const Route& route, const Window* windows, int64_t phase_count) {
+  const bool pairs = planes.scalar == Scalar::f32 && planes.column_stride == 1 && route.here && !route.next;
+  for (int64_t p = 0; p < phase_count; ++p) {
+    const Window& window = windows[p];
+    if (pairs && window.step_x == 2 && p + 1 < phase_count && windows[p + 1].y == window.y &&
+        windows[p + 1].x == window.x + 1) {
+      copy_pair(to + p * plane, to + (p + 1) * plane, pitch, planes, frame, route.channel, window, windows[p + 1]);
+      ++p;
+    } else {
+      copy_route(to + p * plane, pitch, planes, frame, route, window);
+    }
+  }
 }
 
 }  // namespace

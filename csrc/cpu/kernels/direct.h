@@ -165,8 +165,7 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
     const Unit& unit = units[u];
     const int64_t live_count = tap_count == 0 ? 0 : unit.live_count, step_count = live_count * tap_count;
     for (int64_t i = 0; i < live_count; ++i)
-      for (int64_t p = 0; p < phase_count; ++p)
-        copy_route(source + i * channel + p * plane, pitch, conv.source, unit.frame, unit.live[i], windows[p]);
+      copy_phases(source + i * channel, plane, pitch, conv.source, unit.frame, unit.live[i], windows, phase_count);
     // Register tiles read past the last point: those lanes are dropped, but must be readable.
     for (int64_t i = 0; i < kTilePixels; ++i) source[live_count * channel + i] = 0;
     // Units with one live channel all have the same steps, because weights count from the first live channel.

@@ -47,25 +47,28 @@ void add_weight_gradient(const Convolution& conv, const Unit& unit, const float*
   const int64_t block_count = (column_count + block - 1) / block, columns = block_count * block;
 
   Layout layout;
+  const int64_t windows_at = layout.add<Window>(phase_count);
   const int64_t patch_at = layout.add<float>(live_count * frame.channel + kTilePixels);
   const int64_t panel_at = layout.add<float>(chunk * block);
   const int64_t steps_at = layout.add<Step>(chunk);
   const int64_t offsets_at = layout.add<int64_t>(columns);
   const int64_t targets_at = layout.add<int64_t>(columns);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+  Window* windows = reinterpret_cast<Window*>(memory + windows_at);
   float* patch = reinterpret_cast<float*>(memory + patch_at);
   float* panel = reinterpret_cast<float*>(memory + panel_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   int64_t* offsets = reinterpret_cast<int64_t*>(memory + offsets_at);
   int64_t* targets = reinterpret_cast<int64_t*>(memory + targets_at);
 
+  for (int64_t p = 0; p < phase_count; ++p) {
+    const Phase& phase = conv.phases[size_t(p)];
+    windows[p] =
+        window_of(conv.source, phase.dy, phase.dx, frame.height, frame.width, conv.step_y, conv.step_x);
+  }
   for (int64_t i = 0; i < live_count; ++i)
-    for (int64_t p = 0; p < phase_count; ++p) {
-      const Phase& phase = conv.phases[size_t(p)];
-      copy_route(patch + i * frame.channel + p * frame.plane, frame.pitch, conv.source, unit.frame,
-                 unit.live[live_begin + i],
-                 window_of(conv.source, phase.dy, phase.dx, frame.height, frame.width, conv.step_y, conv.step_x));
-    }
+    copy_phases(patch + i * frame.channel, frame.plane, frame.pitch, conv.source, unit.frame,
+                unit.live[live_begin + i], windows, phase_count);
   for (int64_t i = 0; i < kTilePixels; ++i) patch[live_count * frame.channel + i] = 0;
   for (int64_t j = 0; j < columns; ++j) {
     const int64_t i = std::min(j, column_count - 1);  // columns past the last one repeat it and are dropped

@@ -71,17 +71,18 @@ void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_coun
 }
 
 // point[p * stride + t] = the 16 values of B^T d B for the blocks of one row of blocks; d lies in four phases.
+template <int lanes>
 inline void transform_block_row(const float* patch, int64_t plane, int64_t pitch, int64_t block_count, float* point,
                                 int64_t stride) {
-  using V = Vector<kLanes>;
-  for (int64_t t = 0; t < block_count; t += kLanes) {
+  using V = Vector<lanes>;
+  for (int64_t t = 0; t < block_count; t += lanes) {
     V rows[4][4];
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) {
       V d[4];
 #pragma GCC unroll 4
       for (int y = 0; y < 4; ++y)
-        d[y] = load<kLanes>(patch + (2 * (y & 1) + (x & 1)) * plane + (y >> 1) * pitch + (x >> 1) + t);
+        d[y] = load<lanes>(patch + (2 * (y & 1) + (x & 1)) * plane + (y >> 1) * pitch + (x >> 1) + t);
       rows[0][x] = d[0] - d[2];
       rows[1][x] = d[1] + d[2];
       rows[2][x] = d[2] - d[1];
@@ -90,10 +91,10 @@ inline void transform_block_row(const float* patch, int64_t plane, int64_t pitch
 #pragma GCC unroll 4
     for (int y = 0; y < 4; ++y) {
       float* to = point + 4 * y * stride + t;
-      store<kLanes>(to, rows[y][0] - rows[y][2]);
-      store<kLanes>(to + stride, rows[y][1] + rows[y][2]);
-      store<kLanes>(to + 2 * stride, rows[y][2] - rows[y][1]);
-      store<kLanes>(to + 3 * stride, rows[y][1] - rows[y][3]);
+      store<lanes>(to, rows[y][0] - rows[y][2]);
+      store<lanes>(to + stride, rows[y][1] + rows[y][2]);
+      store<lanes>(to + 2 * stride, rows[y][2] - rows[y][1]);
+      store<lanes>(to + 3 * stride, rows[y][1] - rows[y][3]);
     }
   }
 }
@@ -151,17 +152,20 @@ void winograd_points(const Convolution& conv, const Unit& unit, const Tile& tile
   for (int p = 0; p < 4; ++p)
     windows[p] = window_of(conv.source, 2 * tile.y_begin + conv.phases[0].dy + p / 2, conv.phases[0].dx + p % 2, height,
                            width, 2, 2);
+  // Vectors as long as a row of blocks, where that is short.
+  const auto transform = blocks.columns <= 4                    ? transform_block_row<4>
+                         : kLanes > 8 && blocks.columns <= 8 ? transform_block_row<8>
+                                                               : transform_block_row<kLanes>;
   // The four phases of one channel, and what is read and written past them.
   const int64_t patch_size = 4 * plane + 2 * kTilePixels;
   float* patch = static_cast<float*>(scratch.reserve(patch_size * 4));
   for (int64_t i = 0; i < patch_size; ++i) patch[i] = 0;
   for (int64_t i = 0; i < unit.live_count; ++i) {
-    for (int p = 0; p < 4; ++p)
-      copy_route(patch + p * plane, width, conv.source, unit.frame, unit.live[i], windows[p]);
-    // In order, because each row of blocks overruns into the next one or the next channel.
+    copy_phases(patch, plane, width, conv.source, unit.frame, unit.live[i], windows, 4);
+    // In order, because each row of blocks may overrun into the next one or the next channel.
     for (int64_t y = 0; y < blocks.rows; ++y)
-      transform_block_row(patch + y * width, plane, width, blocks.columns,
-                          points + i * blocks.count + y * blocks.columns, slice);
+      transform(patch + y * width, plane, width, blocks.columns, points + i * blocks.count + y * blocks.columns,
+                slice);
   }
 }
 
