@@ -26,7 +26,7 @@ inline void gather_kernels(const float* weights, const float* limit, int64_t str
       for (int j = 0; j < kLanes && k + j < 9; ++j) store<kLanes>(kernels[k + j], load<kLanes>(block[j]));
     }
   for (; k < 9; ++k)
-    for (int64_t i = 0; i < count; ++i) kernels[k][i] = weights[i * stride + k];
+    for (int64_t i = 0; i < kLanes; ++i) kernels[k][i] = i < count ? weights[i * stride + k] : 0.f;
 }
 
 // The 16 values of G g G^T of one row's kernels: transformed[point * point_stride + channel].
@@ -39,7 +39,10 @@ void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_coun
   const float* weights = conv.weight + row * conv.weight_row;
   for (int64_t first = 0; first < channel_count; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, channel_count - first);
-    float kernels[9][kLanes] = {};
+    float kernels[9][kLanes];
+    // Asked for early: the next kernels come from memory, or from a cache that other cores share.
+    for (int line = 0; line < 9 * kLanes; line += 16)
+      __builtin_prefetch(weights + (first + 4 * kLanes) * conv.weight_channel + line);
     gather_kernels(weights + first * conv.weight_channel, conv.weight + conv.weight_extent, conv.weight_channel, count,
                    kernels);
     V g[4][3];
@@ -154,8 +157,8 @@ void winograd_points(const Convolution& conv, const Unit& unit, const Tile& tile
                            width, 2, 2);
   // Vectors as long as a row of blocks, where that is short.
   const auto transform = blocks.columns <= 4                    ? transform_block_row<4>
-                         : kLanes > 8 && blocks.columns <= 8 ? transform_block_row<8>
-                                                               : transform_block_row<kLanes>;
+                         : blocks.columns <= kLanes / 2 ? transform_block_row<(kLanes > 8 ? kLanes / 2 : kLanes)>
+                                                        : transform_block_row<kLanes>;
   // The four phases of one channel, and what is read and written past them.
   const int64_t patch_size = 4 * plane + 2 * kTilePixels;
   float* patch = static_cast<float*>(scratch.reserve(patch_size * 4));
