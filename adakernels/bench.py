@@ -106,7 +106,7 @@ def _reason(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     text = report.longreprtext if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}"
     lines = text.splitlines()
-    return "\n".join([*lines[:8], "…"] if len(lines) > 8 else lines)
+    return "\n".join([line[:200] for line in lines[:6]] + (["…"] if len(lines) > 6 else []))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -181,6 +181,9 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads()
     machine = report.describe_machine(threads)
+    if (machine["busy_cores"] or 0) > 0.2:
+        busy = f"{machine['busy_cores']:.1f} of {machine['cores']} cores"
+        print(f"warning: other programs keep {busy} busy, times will be off", file=sys.stderr)
     partial = arguments.quick or arguments.filter is not None
     slug = report.device_slug(machine["device"], threads)
     base = root / "build" / "bench" if partial else root / "benchmarks" / "results"

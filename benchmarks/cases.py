@@ -73,6 +73,17 @@ class LayerCase:
 
 
 @dataclass(frozen=True)
+class MemoryCase(LayerCase):
+    """A layer whose peak memory is measured in one form: "ours", or "fused" for `temporal_fuse` alone."""
+
+    form: str = "ours"
+
+    @property
+    def name(self) -> str:
+        return super().name + ("-temporal-fuse" if self.form == "fused" else "")
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A gated model against its plain backbone; `work` is the share of the dense work that it is to do."""
 
@@ -94,8 +105,8 @@ class Target:
     """A row of the result table: which records it gathers, which of their numbers it judges, and the goals.
 
     `metric` is a key of records; `worst` bounds every case and `mean` their geometric mean, in the direction
-    that `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None means
-    that the row is shown but not judged on that. `updated` and `cases` narrow the family down.
+    that `higher` says; `aim` is what we would like the mean (or, without one, every case) to reach. None
+    means that the row is shown but not judged on that. `updated` and `cases` narrow the family down.
     """
 
     label: str
@@ -220,11 +231,12 @@ MODELS = [
     ModelCase("adafuse_resnet50", "resnet50", work=0.67, clips=4),
 ]
 MEMORY = [
-    LayerCase("memory", RESNET18_CONV1[0], BATCHES[1], updated=0.5, quick=True),
-    LayerCase("memory", RESNET18_CONV1[6], BATCHES[1], updated=0.5),
-    LayerCase("memory", RESNET50_CONV1[1], BATCHES[1], updated=0.5),
-    LayerCase("memory", RESNET50_CONV2[2], BATCHES[1], skipped=0.5),
-    LayerCase("memory", EFFICIENTNET_B0_DEPTHWISE[1], BATCHES[1], updated=0.5),
+    MemoryCase("memory", RESNET18_CONV1[0], BATCHES[1], updated=0.5, quick=True),
+    MemoryCase("memory", RESNET18_CONV1[6], BATCHES[1], updated=0.5),
+    MemoryCase("memory", RESNET50_CONV1[1], BATCHES[1], updated=0.5),
+    MemoryCase("memory", RESNET50_CONV2[2], BATCHES[1], skipped=0.5),
+    MemoryCase("memory", EFFICIENTNET_B0_DEPTHWISE[1], BATCHES[1], updated=0.5),
+    MemoryCase("memory", RESNET18_CONV1[0], BATCHES[1], updated=0.5, form="fused"),
 ]
 TINY = LayerCase("overhead", ConvShape(4, 4, 4, activation=None), batch=2, updated=0.5, quick=True)
 INFERENCE_CALLS = ("no policy", "policy", "in_policy")

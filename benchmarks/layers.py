@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,21 +76,33 @@ class Layer:
         previous = torch.cat([torch.zeros_like(clips[:, :1]), clips[:, :-1]], dim=1)
         return (clips * (policy == KEEP) + previous * (policy == REUSE)).flatten(0, 1)
 
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and named arguments of the package's operator."""
+        shape = self.shape
+        named = {
+            "frames": self.frames,
+            "stride": shape.stride,
+            "padding": shape.padding,
+            "groups": shape.groups,
+            "in_policy": self.in_policy,
+            "activation": shape.activation,
+        }
+        return (self.input, self.weight, self.bias, self.policy), named
+
     def ours(self) -> Tensor:
         """The package's operator, policy included."""
-        shape = self.shape
-        return ak.gated_conv2d(
-            self.input,
-            self.weight,
-            self.bias,
-            self.policy,
-            frames=self.frames,
-            stride=shape.stride,
-            padding=shape.padding,
-            groups=shape.groups,
-            in_policy=self.in_policy,
-            activation=shape.activation,
-        )
+        positional, named = self.arguments()
+        return ak.gated_conv2d(*positional, **named)
+
+    def fused(self) -> Tensor:
+        """The package's mixing alone, of an input as large as the layer's output."""
+        assert self.policy is not None
+        return ak.temporal_fuse(self.input, self.policy, frames=self.frames)
+
+    def backend(self) -> str | None:
+        """The backend that runs the operator."""
+        positional, named = self.arguments()
+        return ak.explain(ak.gated_conv2d, *positional, **named).backend
 
     def reference(self) -> Tensor:
         """The operator's reference."""

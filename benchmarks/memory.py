@@ -55,7 +55,7 @@ def child_environment() -> dict[str, str]:
 
 
 def peak_in_fresh_process(form: str, memory_format: str, index: int, threads: int) -> int:
-    """Peak bytes of `form` ("dense", "masked" or "ours") of case `index`, measured in a new process."""
+    """Peak bytes of `form` ("dense", "masked", "ours" or "fused") of a case, in a new process."""
     command = [sys.executable, "-m", "benchmarks.memory", form, memory_format, str(index), str(threads)]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,24 @@ def device_slug(device: str, threads: int) -> str:
     return f"{slug}-{threads}-thread" + ("s" if threads != 1 else "")
 
 
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """How many cores other programs keep busy while this one sleeps; None where /proc/stat is missing."""
+
+    def read() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    if not Path("/proc/stat").exists():
+        return None
+    total, idle = read()
+    time.sleep(seconds)
+    total_after, idle_after = read()
+    share = 1 - (idle_after - idle) / max(1, total_after - total)
+    return share * (os.cpu_count() or 1)
+
+
 def describe_machine(threads: int) -> dict[str, Any]:
     """Processor, threads, and the peaks of matrix product (GFLOP/s) and copy (GB/s, read + write)."""
-    import time
-
     import torch
 
     def best(call: Any, repeats: int) -> float:
@@ -77,6 +92,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "busy_cores": busy_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "matmul_gflops": 2 * 1536**3 / product_time / 1e9,
         "copy_gb_per_s": 2 * 4 * (1 << 25) / copy_time / 1e9,
@@ -279,7 +295,7 @@ def render_gap(results: Results, batch: int = 32, updated: float = 0.5, skipped:
         lines.append(
             (
                 FAMILY_TITLES[record["family"]],
-                record["case"].partition("-")[0],
+                record["case"].replace(f"-n{batch}", ""),
                 f"{record['operations'] / 1e9:.2f}",
                 f"{record['bytes'] / 1e6:.1f}",
                 f"{limit:.2f} ({'operations' if arithmetic >= traffic else 'bytes'})",

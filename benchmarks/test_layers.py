@@ -21,6 +21,7 @@ def describe(case: LayerCase, layer: Layer) -> dict[str, Any]:
         "family": case.family,
         "case": case.name,
         "shape": asdict(case.shape),
+        "backend": layer.backend(),
         "batch": case.batch,
         "updated": case.updated,
         "skipped": case.skipped,

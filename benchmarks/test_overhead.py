@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import adakernels as ak
 from benchmarks import memory
-from benchmarks.cases import INFERENCE_CALLS, MEMORY, TINY, TRAINING_CALLS, LayerCase
+from benchmarks.cases import INFERENCE_CALLS, MEMORY, TINY, TRAINING_CALLS, MemoryCase
 from benchmarks.layers import Layer
 from benchmarks.measure import FORMATS, Race, assert_matches
 from benchmarks.test_layers import describe
@@ -33,15 +34,14 @@ def test_call_overhead(benchmark: Any, call: str) -> None:
     layer = Layer(CALLS[call])
     layer.weight.requires_grad_(recording)
     shape = layer.shape
-
-    def dense() -> torch.Tensor:
-        return F.conv2d(layer.input, layer.weight, layer.bias, shape.stride, shape.padding)
+    positional, named = layer.arguments()
+    ours = partial(ak.gated_conv2d, *positional, **named)
+    dense = partial(F.conv2d, layer.input, layer.weight, layer.bias, shape.stride, shape.padding)
 
     with torch.inference_mode(not recording):
-        expected = layer.reference()
-        race = Race({"dense": dense, "ours": layer.ours}, sample_time=SAMPLE_TIME)
+        race = Race({"dense": dense, "ours": ours}, sample_time=SAMPLE_TIME)
         race.warm_up(20)
-        assert_matches(race.run_for(benchmark, "ours", rounds=41), expected)
+        assert_matches(race.run_for(benchmark, "ours", rounds=41), layer.reference())
     times = race.times()
     benchmark.group = "overhead"
     benchmark.extra_info.update(
@@ -55,20 +55,21 @@ def test_call_overhead(benchmark: Any, call: str) -> None:
 
 
 @pytest.mark.skipif(not memory.available(), reason="peak memory is read from Linux's /proc/self/clear_refs")
-def test_peak_memory(benchmark: Any, memory_case: LayerCase, threads: int, quick: bool) -> None:
+def test_peak_memory(benchmark: Any, memory_case: MemoryCase, threads: int, quick: bool) -> None:
     """Peak of ours against the dense layer's in the same memory format, each in a fresh process."""
+    form = memory_case.form
     plain = Layer(memory_case)
     layers = {name: plain.in_format(name) for name in FORMATS}
     with torch.inference_mode():
-        expected = plain.reference()
+        with ak.use_backend("reference"):
+            expected = getattr(plain, form)()
         for layer in layers.values():
-            assert_matches(layer.ours(), expected)
-        run: Callable[[], torch.Tensor] = layers["channels_last"].ours
-        benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+            assert_matches(getattr(layer, form)(), expected)
+        benchmark.pedantic(getattr(layers["channels_last"], form), rounds=3, warmup_rounds=1)
     index = MEMORY.index(memory_case)
     peaks = {
-        f"{form} {name}": memory.peak_in_fresh_process(form, name, index, threads)
-        for form in (("dense", "ours") if quick else ("dense", "masked", "ours"))
+        f"{one} {name}": memory.peak_in_fresh_process(one, name, index, threads)
+        for one in (("dense", form) if quick else ("dense", "masked", form))
         for name in FORMATS
     }
     benchmark.group = "memory"
@@ -76,5 +77,5 @@ def test_peak_memory(benchmark: Any, memory_case: LayerCase, threads: int, quick
         describe(memory_case, plain),
         peak_bytes=peaks,
         output_bytes=expected.numel() * expected.element_size(),
-        memory_ratio=max(peaks[f"ours {name}"] / peaks[f"dense {name}"] for name in FORMATS),
+        memory_ratio=max(peaks[f"{form} {name}"] / peaks[f"dense {name}"] for name in FORMATS),
     )

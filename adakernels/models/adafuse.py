@@ -25,7 +25,7 @@ class AdaFuseResNet(ResNet):
         hidden: width of the hidden layer of the policy heads.
 
     Raises:
-        ValueError: for fewer frames than one, or a stage that does not exist.
+        ValueError: for another depth, fewer frames than one, or a stage that does not exist.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from adakernels.nn import GatedConv2d, conv_norm_act, temporal_shift
@@ -93,10 +94,15 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 34 or 50.
         num_classes: width of the classifier.
+
+    Raises:
+        ValueError: for another depth.
     """
 
     def __init__(self, depth: int, num_classes: int = 1000) -> None:
         super().__init__()
+        if depth not in _STAGE_BLOCKS:
+            raise ValueError(f"ResNet: expected depth to be 18, 34 or 50, got {depth}")
         make_block, expansion = (_bottleneck, 4) if depth == 50 else (_basic_block, 1)
         self.conv1 = GatedConv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -123,7 +129,12 @@ class ResNet(nn.Module):
 
     def stem(self, input: Tensor) -> Tensor:  # [N, 3, H, W]
         """What comes before the residual blocks, [N, 64, H / 4, W / 4]."""
-        return self.maxpool(conv_norm_act(self.conv1, self.bn1, "relu", input))
+        inner = input.is_contiguous(memory_format=torch.channels_last)
+        if input.device.type == "cpu":
+            # There max pooling is twenty times faster with the channels innermost.
+            input = input.contiguous(memory_format=torch.channels_last)
+        features = self.maxpool(conv_norm_act(self.conv1, self.bn1, "relu", input))
+        return features.contiguous(memory_format=torch.channels_last if inner else torch.contiguous_format)
 
     def blocks(self) -> Iterator[tuple[str, ResidualBlock]]:
         """The residual blocks in order, each with its name within the model."""

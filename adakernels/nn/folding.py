@@ -1,12 +1,15 @@
-"""Batch normalisation folded into the linear operator before it."""
+"""Batch normalisation folded into the linear operator before it, and the cache of such derived tensors."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+_T = TypeVar("_T")
 
 _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -43,59 +46,70 @@ def fold_batch_norm(
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 
-class FoldCache:
-    """Keeps the last result of `fold_batch_norm` for as long as nothing it was computed from has changed.
+def norm_tensors(norm: _BatchNorm) -> tuple[Tensor | None, ...]:
+    """All that a change of `norm` shows in."""
+    # The batch count is here because an update of running statistics does not touch their version counters.
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+
+class DerivedCache(Generic[_T]):
+    """Keeps one value computed from tensors for as long as none of them has changed.
 
     Changes are seen by the tensors' version counters and addresses, so in-place edits, optimiser steps,
     `load_state_dict`, `.to()` and replaced parameters are all followed; writes through `tensor.data` have no
-    counter and need `clear()`. A result that needs a gradient, or is traced, is computed anew and not kept.
-    Copies and pickles of a cache are empty.
+    counter and need `clear()`. Copies and pickles of a cache are empty.
     """
 
     __slots__ = ("_entry",)
 
     def __init__(self) -> None:
-        self._entry: tuple[Any, tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
+        self._entry: tuple[Any, tuple[Tensor, ...], _T] | None = None
 
     def clear(self) -> None:
-        """Forgets the kept result."""
+        """Forgets the value."""
         self._entry = None
 
-    def fold(
-        self,
-        weight: Tensor,  # [C_out, ...]
-        bias: Tensor | None,  # [C_out]
-        norm: _BatchNorm,
-    ) -> tuple[Tensor, Tensor]:
-        """`fold_batch_norm(weight, bias, norm)`, from the cache where that is possible."""
+    def get(
+        self, sources: tuple[Tensor | None, ...], compute: Callable[[], _T], *, tag: Any = None
+    ) -> _T | None:
+        """The value of `compute()`, from the cache if that ran with the same `sources` and `tag`.
+
+        Returns:
+            None, without computing, where the value may not be kept: when it is traced, when it needs a
+            gradient, or when the sources have no version counter or address.
+        """
         if torch.compiler.is_compiling():
-            return fold_batch_norm(weight, bias, norm)
-        buffers = norm._buffers
-        candidates = (
-            weight,
-            bias,
-            norm.weight,
-            norm.bias,
-            buffers["running_mean"],
-            buffers["running_var"],
-            # Running statistics are updated without touching their version counters; this one's is.
-            buffers["num_batches_tracked"],
-        )
-        sources = tuple(t for t in candidates if t is not None)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
-            return fold_batch_norm(weight, bias, norm)
+            return None
+        tensors = tuple(tensor for tensor in sources if tensor is not None)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
         try:
-            key = (norm.eps, *((t.data_ptr(), t._version) for t in sources))
+            key = (tag, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
         except RuntimeError:  # inference tensors have no version counter, wrapped tensors no address
-            return fold_batch_norm(weight, bias, norm)
+            return None
         entry = self._entry
         if entry is not None and entry[0] == key:
             return entry[2]
         with torch.inference_mode(False), torch.no_grad():
-            result = fold_batch_norm(weight, bias, norm)
+            value = compute()
             # The aliases keep the storages alive, so that no other tensor can get their addresses.
-            self._entry = (key, tuple(t.detach() for t in sources), result)
-        return result
+            self._entry = (key, tuple(tensor.detach() for tensor in tensors), value)
+        return value
 
-    def __reduce__(self) -> tuple[type[FoldCache], tuple[()]]:
-        return (FoldCache, ())
+    def __reduce__(self) -> tuple[type[DerivedCache[Any]], tuple[()]]:
+        return (DerivedCache, ())
+
+
+FoldCache = DerivedCache[tuple[Tensor, Tensor]]
+
+
+def folded_batch_norm(
+    weight: Tensor,  # [C_out, ...]
+    bias: Tensor | None,  # [C_out]
+    norm: _BatchNorm,
+    cache: FoldCache,
+) -> tuple[Tensor, Tensor]:
+    """`fold_batch_norm`, from `cache` where that is possible."""
+    sources = (weight, bias, *norm_tensors(norm))
+    folded = cache.get(sources, lambda: fold_batch_norm(weight, bias, norm), tag=norm.eps)
+    return fold_batch_norm(weight, bias, norm) if folded is None else folded

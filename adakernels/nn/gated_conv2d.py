@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adakernels import flops
-from adakernels.nn.folding import FoldCache, is_foldable
+from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
+
+_Pair: TypeAlias = int | tuple[int, int]
 
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -42,18 +45,42 @@ class GatedConv2d(nn.Conv2d):
 
     def __init__(
         self,
-        *args: Any,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Pair,
+        stride: _Pair = 1,
+        padding: _Pair | str = 0,
+        dilation: _Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         norm: nn.Module | Callable[[int], nn.Module] | None = None,
         activation: str | None = None,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         if activation not in _ACTIVATIONS:
             names = ", ".join(repr(name) for name in _ACTIVATIONS)
             raise ValueError(f"GatedConv2d: expected activation to be one of {names}, got {activation!r}")
-        self.norm = norm if norm is None or isinstance(norm, nn.Module) else norm(self.out_channels)
+        if not (norm is None or isinstance(norm, nn.Module)):
+            norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
+        self.norm = norm
         self.activation = activation
-        self._folded = FoldCache()
+        self._folded: FoldCache = FoldCache()
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> GatedConv2d:
@@ -61,10 +88,10 @@ class GatedConv2d(nn.Conv2d):
         gated = cls(
             conv.in_channels,
             conv.out_channels,
-            cast(tuple[int, int], conv.kernel_size),
-            cast(tuple[int, int], conv.stride),
-            cast(tuple[int, int] | str, conv.padding),
-            cast(tuple[int, int], conv.dilation),
+            cast(_Pair, conv.kernel_size),
+            cast(_Pair, conv.stride),
+            cast(_Pair, conv.padding),
+            cast(_Pair, conv.dilation),
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
@@ -127,7 +154,7 @@ def conv_norm_act(
     if norm is None:
         return _conv_act(conv, conv.weight, conv.bias, activation, input, policy, frames, in_policy)
     if is_foldable(norm):
-        weight, bias = conv._folded.fold(conv.weight, conv.bias, cast(_BatchNorm, norm))
+        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
         return _conv_act(conv, weight, bias, activation, input, policy, frames, in_policy)
     output = norm(_conv_act(conv, conv.weight, conv.bias, None, input, None, frames, in_policy))
     output = _ACTIVATIONS[activation](output)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adakernels import flops
-from adakernels.nn.folding import FoldCache, is_foldable
+from adakernels.nn.linear import PackedCache, linear_norm_act
 from adakernels.ops import Policy
 
 
@@ -47,7 +47,7 @@ class ChannelPolicy(nn.Module):
         self.fc1 = nn.Linear(2 * in_channels, hidden, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm1d(hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, len(Policy) * out_channels, device=device, dtype=dtype)
-        self._folded = FoldCache()
+        self._packed: tuple[PackedCache, PackedCache] = (PackedCache(), PackedCache())
         # Small logits: training starts from a nearly uniform choice.
         nn.init.normal_(self.fc2.weight, std=0.001)
         nn.init.zeros_(self.fc2.bias)
@@ -74,15 +74,12 @@ class ChannelPolicy(nn.Module):
         # Padding by one frame in front and cropping one behind moves each frame to its successor.
         past = F.pad(present, (0, 0, 1, -1))
         pooled = torch.cat((past, present), 2).flatten(0, 1)
-        if is_foldable(self.bn):
-            weight, bias = self._folded.fold(self.fc1.weight, self.fc1.bias, self.bn)
-            hidden = F.linear(pooled, weight, bias)
-        else:
-            hidden = self.bn(F.linear(pooled, self.fc1.weight))
         if flops.counting:
             work = self.fc1.weight.numel() + self.fc2.weight.numel()
-            flops.record("channel_policy", 0.0, hidden.new_full(hidden.shape[:1], work, dtype=torch.float64))
-        logits = F.linear(hidden.relu_(), self.fc2.weight, self.fc2.bias)
+            flops.record("channel_policy", 0.0, pooled.new_full(pooled.shape[:1], work, dtype=torch.float64))
+        first, second = self._packed
+        hidden = linear_norm_act(pooled, self.fc1.weight, None, self.bn, True, first)
+        logits = linear_norm_act(hidden, self.fc2.weight, self.fc2.bias, None, False, second)
         return logits.unflatten(1, (self.out_channels, len(Policy)))
 
     def forward(
@@ -117,8 +114,9 @@ class ChannelPolicy(nn.Module):
         return policy
 
     def train(self, mode: bool = True) -> ChannelPolicy:
-        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded so far."""
-        self._folded.clear()
+        """Sets the mode as `torch.nn.Module.train` does, and drops weights prepared so far."""
+        for cache in self._packed:
+            cache.clear()
         return super().train(mode)
 
     def extra_repr(self) -> str:

@@ -276,6 +276,16 @@ def test_compiles_whole(clips: Tensor) -> None:
             torch.testing.assert_close(compiled(clips), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(training: bool, clips: Tensor) -> None:
+    model = make(shift=True).train(training)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(clips)
+    logits.float().sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(parameter.grad is not None for parameter in model.layer4.parameters()) or not training
+
+
 def test_bfloat16_and_channels_last(clips: Tensor) -> None:
     model = make(gated_stages=(4,))
     with torch.no_grad():

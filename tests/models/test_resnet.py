@@ -2,7 +2,7 @@ import pytest
 import torch
 from plain_resnet import BLOCKS, plain_forward, shake_norms, shapes_of, torchvision_shapes
 
-from adakernels.models import resnet18, resnet34, resnet50
+from adakernels.models import ResNet, resnet18, resnet34, resnet50
 
 FACTORIES = {18: resnet18, 34: resnet34, 50: resnet50}
 
@@ -29,6 +29,11 @@ def test_evaluation(depth: int) -> None:
         expected = plain_forward(model, x)
         for _ in range(2):
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_depths() -> None:
+    with pytest.raises(ValueError, match="depth to be 18, 34 or 50, got 101"):
+        ResNet(101)
 
 
 def test_training() -> None:

@@ -124,6 +124,16 @@ def test_in_policy_marks_channels_that_are_zero(training: bool, frames: Tensor, 
     torch.testing.assert_close(module(frames, in_policy=in_policy), module(zeroed), rtol=1e-4, atol=1e-5)
 
 
+def test_frozen_norm_in_training_is_folded(frames: Tensor, policy: Tensor) -> None:
+    module = make()
+    module.norm.eval()
+    expected = masked(
+        F.relu(module.norm(F.conv2d(frames, module.weight, module.bias, padding=1))), policy, FRAMES
+    )
+    torch.testing.assert_close(module(frames, policy, frames=FRAMES), expected, rtol=1e-4, atol=1e-5)
+    assert module.norm.num_batches_tracked == 0
+
+
 def test_norms_that_can_not_be_folded(frames: Tensor, policy: Tensor) -> None:
     for norm in (nn.GroupNorm(2, 6), nn.BatchNorm2d(6, track_running_stats=False)):
         module = GatedConv2d(4, 6, 3, norm=norm, activation="relu").eval()
@@ -135,6 +145,7 @@ def test_norm_may_be_given_as_its_class(frames: Tensor) -> None:
     module = GatedConv2d(4, 6, 3, norm=nn.BatchNorm2d)
     assert list(module.state_dict())[:3] == ["weight", "bias", "norm.weight"]
     assert module.norm.num_features == 6
+    assert GatedConv2d(4, 6, 3, norm=nn.BatchNorm2d, dtype=torch.float64).norm.bias.dtype == torch.float64
 
 
 def test_unknown_activation() -> None:

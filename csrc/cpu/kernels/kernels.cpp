@@ -1,12 +1,13 @@
 #include "kernels.h"
 
 #include "direct.h"
+#include "fuse.h"
 #include "weight_gradient.h"
 #include "winograd.h"
 
 namespace adakernels::ADAKERNELS_ISA {
 
 const Kernels kernels = {kRows, kVectors * kLanes, kLanes, convolve_direct, convolve_winograd,
-                         winograd_weights, gradient_points, copy_gradient, add_weight_gradient};
+                         winograd_weights, gradient_points, copy_gradient, add_weight_gradient, mix_planes, dot_planes};
 
 }  // namespace adakernels::ADAKERNELS_ISA

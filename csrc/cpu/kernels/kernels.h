@@ -37,6 +37,11 @@ struct Kernels {
   // Adds a unit's part to the weight gradient, for some of its live channels. gradients: [rows][gradient_points + lanes]
   void (*add_weight_gradient)(const Convolution&, const Unit&, const float* gradients, int64_t live_begin,
                               int64_t live_end, float* grad_weight, Scratch&);
+  // Plane of `frame` in target = here * source[frame] + other * source[other_frame]; zero factors read nothing.
+  void (*mix_planes)(const Planes& target, int64_t frame, int64_t channel, const Planes& source, float here,
+                     float other, int64_t other_frame);
+  // The sum over a channel's plane of the products of two stacks' frames.
+  double (*dot_planes)(const Planes& a, int64_t a_frame, const Planes& b, int64_t b_frame, int64_t channel);
 };
 
 namespace portable {
