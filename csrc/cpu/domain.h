@@ -64,6 +64,7 @@ struct Convolution {
   Planes source, target;
   const float* weight;  // row r, channel c, tap k at [r * weight_row + c * weight_channel + k.weight]
   int64_t weight_row, weight_channel;
+  int64_t weight_extent;  // elements from `weight` to behind the last one
   const float* bias;  // [rows] or null
   Activation activation;
   int64_t grid_height, grid_width;

@@ -111,8 +111,13 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   std::vector<Task> tasks;
   for (Convolution& conv : convs) {
     flatten_grid(conv);
-    if (problem.group_count == 1 && can_use_winograd(conv))
+    if (problem.group_count == 1 && can_use_winograd(conv)) {
       transform_weights(conv, units, row_count, channel_count, kernels, call_scratch());
+      if (shares_weights(conv, units, kernels)) {
+        convolve_sharing_weights(conv, units, kernels, call_scratch());
+        continue;
+      }
+    }
     add_tasks(tasks, conv, units, kernels);
   }
   const int64_t count = int64_t(tasks.size()), zero_count = int64_t(zeros.size());
@@ -208,6 +213,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
 
   Convolution conv = forward_convolution(problem, input, output);
   conv.weight = weights.data();
+  conv.weight_extent = weight.numel();
   conv.bias = biases.data();
   conv.activation = Activation(activation);
 
@@ -229,7 +235,10 @@ Tensor input_gradient(const Problem& problem,
   if (grad_input.numel() == 0) return grad_input;
   const FloatArray weights = floats(weight);
   std::vector<Convolution> convs = input_gradient_convolutions(problem, grad_output, grad_input);
-  for (Convolution& conv : convs) conv.weight = weights.data();
+  for (Convolution& conv : convs) {
+    conv.weight = weights.data();
+    conv.weight_extent = weight.numel();
+  }
   // The lists change roles: live input channels are computed from the computed output channels.
   const std::vector<Unit> units = units_of(problem, live, problem.group_in(), computed, problem.group_out());
   run(convs, problem, units, problem.in_channels, problem.out_channels, dead);

@@ -18,8 +18,11 @@ namespace {
 constexpr int64_t kSourceBytes = 256 * 1024;
 // Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
 constexpr int64_t kPointBytes = 900 * 1024;
-constexpr int64_t kTasksPerThread = 16;
+constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
+// Their transformed blocks, and the products of that many rows of each, still fit the caches.
+constexpr size_t kUnitsSharingWeights = 8;
+constexpr int64_t kRowsSharingWeights = 16;
 constexpr size_t kUnitsPerTask = 64;
 constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
@@ -55,19 +58,21 @@ void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::
 
 }  // namespace
 
-Scratch::~Scratch() { std::free(data_); }
+Scratch::~Scratch() {
+  for (void* data : data_) std::free(data);
+}
 
-void* Scratch::reserve(int64_t bytes) {
-  if (bytes > capacity_) {
-    std::free(data_);
-    capacity_ = ceil_div(bytes + bytes / 4, 64) * 64;
-    data_ = std::aligned_alloc(64, size_t(capacity_));
-    if (data_ == nullptr) {
-      capacity_ = 0;
+void* Scratch::reserve(int64_t bytes, int arena) {
+  if (bytes > capacity_[arena]) {
+    std::free(data_[arena]);
+    capacity_[arena] = ceil_div(bytes + bytes / 4, 64) * 64;
+    data_[arena] = std::aligned_alloc(64, size_t(capacity_[arena]));
+    if (data_[arena] == nullptr) {
+      capacity_[arena] = 0;
       throw std::bad_alloc();
     }
   }
-  return data_;
+  return data_[arena];
 }
 
 const Kernels& best_kernels() {
@@ -119,6 +124,35 @@ void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t r
                                point_stride);
   });
   conv.winograd = {transformed, row_stride, point_stride};
+}
+
+bool shares_weights(const Convolution& conv, std::span<const Unit> units, const Kernels& kernels) {
+  const int64_t blocks = ceil_div(conv.grid_height, 2) * ceil_div(conv.grid_width, 2);
+  return units.size() > 1 && blocks <= kernels.pixel_block / 2;
+}
+
+void convolve_sharing_weights(const Convolution& conv, std::span<const Unit> units, const Kernels& kernels,
+                              Scratch& scratch) {
+  const Tile tile = {0, ceil_div(conv.grid_height, 2), 0, ceil_div(conv.grid_width, 2), 0, INT64_MAX};
+  for (size_t first = 0; first < units.size(); first += kUnitsSharingWeights) {
+    const auto batch = units.subspan(first, std::min(kUnitsSharingWeights, units.size() - first));
+    std::vector<int64_t> at = {0};
+    int64_t rows = 0;
+    double work = 0;
+    for (const Unit& unit : batch) {
+      at.push_back(at.back() + kernels.winograd_points_size(tile, unit.live_count));
+      rows = std::max(rows, unit.row_count);
+      work += double(unit.row_count * unit.live_count) * double(tile.y_end * tile.x_end) * 16;
+    }
+    float* points = static_cast<float*>(scratch.reserve(at.back() * 4, 1));
+    run_tasks(int64_t(batch.size()), work, [&](int64_t u, Scratch& own) {
+      kernels.winograd_points(conv, batch[size_t(u)], tile, points + at[size_t(u)], own);
+    });
+    const int64_t parts = ceil_div(rows, kRowsSharingWeights);
+    run_tasks(parts, work, [&](int64_t part, Scratch& own) {
+      kernels.winograd_rows(conv, batch.data(), int64_t(batch.size()), tile, points, part, parts, own);
+    });
+  }
 }
 
 void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,

@@ -21,6 +21,13 @@ bool can_use_winograd(const Convolution& convolution);
 void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
                        const Kernels& kernels, Scratch& scratch);
 
+// Whether maps are so small that the transformed kernels are better read once for several units.
+bool shares_weights(const Convolution& convolution, std::span<const Unit> units, const Kernels& kernels);
+
+// Winograd's method for such units.
+void convolve_sharing_weights(const Convolution& convolution, std::span<const Unit> units, const Kernels& kernels,
+                              Scratch& scratch);
+
 struct Task {
   const Convolution* convolution;
   const Unit* units;

@@ -34,7 +34,7 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   for (int r = 0; r < row_count; ++r) {
     row[r] = product.rows[r];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) sum[r][v] = V{} + product.start[r];
+    for (int v = 0; v < vectors; ++v) sum[r][v] = broadcast<lanes>(product.start[r]);
   }
   const float* source = product.source;
   for (const Step *step = product.steps, *end = step + product.step_count; step != end; ++step) {
@@ -48,7 +48,7 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < row_count; ++r) {
-      const V a = V{} + row[r][at];
+      const V a = broadcast<lanes>(row[r][at]);
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) sum[r][v] += a * b[v];
     }

@@ -7,7 +7,21 @@
 
 namespace adakernels::ADAKERNELS_ISA {
 
-const Kernels kernels = {kRows, kVectors * kLanes, kLanes, convolve_direct, convolve_winograd,
-                         winograd_weights, gradient_points, copy_gradient, add_weight_gradient, mix_planes, dot_planes};
+const Kernels kernels = {
+    .row_block = kRows,
+    .pixel_block = kVectors * kLanes,
+    .lanes = kLanes,
+    .convolve_direct = convolve_direct,
+    .convolve_winograd = convolve_winograd,
+    .winograd_points_size = winograd_points_size,
+    .winograd_points = winograd_points,
+    .winograd_rows = winograd_rows,
+    .winograd_weights = winograd_weights,
+    .gradient_points = gradient_points,
+    .copy_gradient = copy_gradient,
+    .add_weight_gradient = add_weight_gradient,
+    .mix_planes = mix_planes,
+    .dot_planes = dot_planes,
+};
 
 }  // namespace adakernels::ADAKERNELS_ISA

@@ -12,12 +12,13 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch();
-  // At least `bytes` bytes at a 64-byte boundary; what they held before is lost.
-  void* reserve(int64_t bytes);
+  // At least `bytes` bytes at a 64-byte boundary; what the same arena held before is lost.
+  void* reserve(int64_t bytes, int arena = 0);
 
  private:
-  void* data_ = nullptr;
-  int64_t capacity_ = 0;
+  static constexpr int kArenas = 2;
+  void* data_[kArenas] = {};
+  int64_t capacity_[kArenas] = {};
 };
 
 struct Kernels {
@@ -27,6 +28,12 @@ struct Kernels {
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
+  // Its two halves, for tiles of several units at once: the transformed source, of winograd_points_size floats a unit,
+  // and one part of the units' rows.
+  int64_t (*winograd_points_size)(const Tile&, int64_t live_count);
+  void (*winograd_points)(const Convolution&, const Unit&, const Tile&, float* points, Scratch&);
+  void (*winograd_rows)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, const float* points,
+                        int64_t part, int64_t part_count, Scratch&);
   // The transformed kernels of one row of weights for all `channel_count` channels.
   void (*winograd_weights)(const Convolution&, int64_t row, int64_t channel_count, float* transformed,
                            int64_t point_stride);

@@ -40,6 +40,12 @@ inline void store(float* p, Vector<lanes> v) {
   *reinterpret_cast<typename VectorOf<lanes>::unaligned*>(p) = v;
 }
 
+// Subtracting 0 changes no value, unlike adding it to -0, so it costs nothing.
+template <int lanes>
+inline Vector<lanes> broadcast(float value) {
+  return value - Vector<lanes>{};
+}
+
 inline float from_bf16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;

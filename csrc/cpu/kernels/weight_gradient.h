@@ -2,6 +2,7 @@
 #pragma once
 
 #include "direct.h"
+#include "transpose.h"
 
 namespace adakernels {
 namespace {
@@ -32,33 +33,6 @@ void copy_gradient(const Convolution& conv, const Planes& gradient, int64_t fram
   for (int64_t y = 0; y + 1 < conv.grid_height; ++y)
     for (int64_t x = conv.grid_width; x < layout.pitch; ++x) points[y * layout.pitch + x] = 0;
   for (int64_t i = 0; i < kLanes; ++i) points[layout.point_count + i] = 0;
-}
-
-// to[p * stride + i] = rows[i][p] for i, p < kLanes.
-inline void transpose(const float* const* rows, float* to, int64_t stride) {
-  using V = Vector<kLanes>;
-  using I = typename VectorOf<kLanes>::integer;
-  V a[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) a[i] = load<kLanes>(rows[i]);
-  // Swaps the off-diagonal blocks of every pair of vectors that are `step` apart, for blocks of `step` elements.
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    I low, high;
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & step ? i - step + kLanes : i;
-      high[i] = i & step ? i + kLanes : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const V x = a[i], y = a[i + step];
-      a[i] = __builtin_shuffle(x, y, low);
-      a[i + step] = __builtin_shuffle(x, y, high);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store<kLanes>(to + i * stride, a[i]);
 }
 
 // Adds a unit's part to the gradient of its weights from live channels [live_begin, live_end).
