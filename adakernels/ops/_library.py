@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,18 +31,11 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         return op(*args)
     if _flop_formulas:
         _hand_over_flop_formulas()
-    try:
-        if torch.is_grad_enabled():
-            return op(*args)
-        # Entering the Python autograd only to find that there is nothing to do costs 8 µs.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-    except RuntimeError as error:
-        # Native code can raise nothing else, and reads policies sooner than Python could.
-        bad_policy = re.search(r"\w+: expected (in_)?policy values .*, got -?\d+", str(error))
-        if bad_policy is None:
-            raise
-        raise ValueError(bad_policy[0]) from None
+    if torch.is_grad_enabled():
+        return op(*args)
+    # Entering the Python autograd only to find that there is nothing to do costs 8 µs.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _hand_over_flop_formulas() -> None:

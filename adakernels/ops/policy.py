@@ -30,13 +30,8 @@ def is_soft(policy: Tensor) -> bool:
 
 def as_index(
     policy: Tensor,  # [N, C]
-    op: str,
-    name: str,
 ) -> Tensor:  # [N, C]
-    """An integer policy in the form that kernels read: int64, contiguous."""
-    if torch.compiler.is_compiling():
-        # Kernels check the values too, but from compiled code their error would be no ValueError.
-        return checked_policy(policy, op, name).contiguous()
+    """An integer policy in the form that kernels read, which check its values: int64, contiguous."""
     return policy.to(torch.int64).contiguous()
 
 

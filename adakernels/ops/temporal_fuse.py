@@ -147,7 +147,7 @@ def temporal_fuse(
         if not is_soft(policy):
             policy = checked_policy(policy, "temporal_fuse", "policy")
         return dense(temporal_fuse_reference(input, policy, frames=frames), like=input)
-    policy = policy.to(input.dtype).contiguous() if is_soft(policy) else as_index(policy, "temporal_fuse", "policy")
+    policy = policy.to(input.dtype).contiguous() if is_soft(policy) else as_index(policy)
     return call(torch.ops.adakernels.temporal_fuse.default, dense(input), policy, frames)
 
 

@@ -1,5 +1,8 @@
 #include "tensors.h"
 
+#include <stdexcept>
+#include <string>
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -66,8 +69,10 @@ PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_co
   STD_TORCH_CHECK(policy->is_contiguous(), "expected a contiguous policy");
   const auto* values = static_cast<const int64_t*>(policy->const_data_ptr());
   for (int64_t i = 0; i < frame_count * channels; ++i)
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 2, op, ": expected ", name,
-                    " values 0 (KEEP), 1 (REUSE) or 2 (SKIP), got ", values[i]);
+    // The dispatcher hands this type on to Python as a ValueError.
+    if (values[i] < 0 || values[i] > 2)
+      throw std::invalid_argument(std::string(op) + ": expected " + name +
+                                  " values 0 (KEEP), 1 (REUSE) or 2 (SKIP), got " + std::to_string(values[i]));
   return values;
 }
 
