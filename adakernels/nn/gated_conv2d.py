@@ -204,7 +204,7 @@ def _outruns_torch(
 ) -> bool:
     """Whether the package's kernel is the faster one for a convolution without any policy.
 
-    oneDNN brings planar tensors to a layout of its own; for large 1x1 maps that costs more than the convolution.
+    oneDNN brings planar tensors to a layout of its own: for large 1x1 maps, more work than the convolution.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or input.dim() != 4:
         return False
