@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adakernels import flops
+from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
 
@@ -171,6 +171,9 @@ def _conv_act(
     frames: int,
     in_policy: Tensor | None,  # [N, C_in]
 ) -> Tensor:
+    if policy is None and in_policy is None and _outruns_torch(conv, input):
+        # An input policy that keeps everything changes nothing but the kernel.
+        in_policy = torch.zeros(input.shape[:2], dtype=torch.int64)
     if policy is None and in_policy is None:
         output = conv._conv_forward(input, weight, bias)
         if flops.counting:
@@ -192,4 +195,27 @@ def _conv_act(
         groups=conv.groups,
         in_policy=in_policy,
         activation=activation,
+    )
+
+
+def _outruns_torch(
+    conv: GatedConv2d,
+    input: Tensor,  # [N, C_in, H, W]
+) -> bool:
+    """Whether the package's kernel is the faster one for a convolution without any policy.
+
+    oneDNN brings planar tensors to a layout of its own: for large 1x1 maps, more work than the convolution.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or input.dim() != 4:
+        return False
+    pixels = math.prod(input.shape[2:]) // math.prod(conv.stride)
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.groups == 1
+        and pixels >= 28 * 28
+        and input.dtype == conv.weight.dtype == torch.float32
+        and input.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+        and backends.requested_backend() in ("auto", "cpu")
+        and backends.can_run_cpu("gated_conv2d", input.device, input.dtype)
     )

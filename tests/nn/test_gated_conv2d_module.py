@@ -373,6 +373,19 @@ def test_exports(frames: Tensor, policy: Tensor) -> None:
     )
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [27, 28, 56])
+def test_large_pointwise_convolutions(stride: int, size: int) -> None:
+    module = GatedConv2d(5, 9, 1, stride=stride, norm=batch_norm(9), activation="relu").eval()
+    x = torch.randn(2, 5, size, size)
+    with torch.no_grad():
+        expected = F.relu(module.norm(F.conv2d(x, module.weight, module.bias, stride)))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            actual = module(x.contiguous(memory_format=layout))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        assert module(x[:0]).shape == (0, *expected.shape[1:])
+
+
 def test_norm_held_by_someone_else(frames: Tensor, policy: Tensor) -> None:
     owner = make().eval()
     conv = GatedConv2d.from_conv2d(owner)
