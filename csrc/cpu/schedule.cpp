@@ -15,7 +15,7 @@ namespace adakernels {
 namespace {
 
 // Half of a second-level cache of 512 KiB; the weights stream through the other half.
-constexpr int64_t kSourceBytes = 512 * 1024;
+constexpr int64_t kSourceBytes = 256 * 1024;
 // Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
 constexpr int64_t kPointBytes = 900 * 1024;
 constexpr int64_t kTasksPerThread = 4;
