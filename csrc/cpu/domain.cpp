@@ -33,4 +33,11 @@ void lay_out_taps(Convolution& conv) {
   }
 }
 
+bool reads_in_place(const Convolution& conv) {
+  const Planes& source = conv.source;
+  return conv.taps.size() == 1 && conv.taps[0].dy == 0 && conv.taps[0].dx == 0 && conv.grid_height == 1 &&
+         conv.grid_width == source.width && conv.step_x == 1 && source.column_stride == 1 &&
+         source.scalar == Scalar::f32 && conv.all_live_here && source.frame_stride <= INT32_MAX;
+}
+
 }  // namespace adakernels

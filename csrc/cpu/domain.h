@@ -80,6 +80,9 @@ struct Convolution {
 // Groups the taps by phase.
 void lay_out_taps(Convolution& conv);
 
+// Whether the one tap is the grid point itself and planes are one row each, so that nothing needs to be copied.
+bool reads_in_place(const Convolution& conv);
+
 // Part of a unit: a rectangle of the grid and a range of the unit's rows.
 struct Tile {
   int64_t y_begin, y_end, x_begin, x_end;

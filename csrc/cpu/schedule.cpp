@@ -14,8 +14,6 @@ namespace adakernels {
 
 namespace {
 
-// Half of a second-level cache of 512 KiB; the weights stream through the other half.
-constexpr int64_t kSourceBytes = 256 * 1024;
 // Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
 constexpr int64_t kPointBytes = 900 * 1024;
 constexpr int64_t kTasksPerThread = 4;
@@ -169,7 +167,11 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
     const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
     const int64_t row_bytes = pixel_bytes * (width + conv.shift_x);
     int64_t y_parts = 1, x_block = width;
-    if (row_bytes * (1 + conv.shift_y) <= kSourceBytes) {
+    if (reads_in_place(conv)) {
+      // One long row is read block by block, by one thread as far as that leaves enough tasks.
+      const int64_t parts = ceil_div(kTasksPerThread * threads, int64_t(units.size()));
+      x_block = ceil_div(ceil_div(width, parts), block) * block;
+    } else if (row_bytes * (1 + conv.shift_y) <= kSourceBytes) {
       y_parts = ceil_div(height, std::max<int64_t>(1, kSourceBytes / row_bytes - conv.shift_y));
     } else {
       y_parts = height;

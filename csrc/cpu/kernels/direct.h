@@ -65,16 +65,8 @@ inline void multiply_and_store(const Convolution& conv, const Unit& unit, const 
   });
 }
 
-// One tap at the grid point itself over planes that are one row: the tensor is read where it lies, only the last,
-// partial register tile is copied, because it would read past the plane.
-inline bool reads_in_place(const Convolution& conv, const Unit& unit) {
-  const Planes& p = conv.source;
-  const int64_t last = unit.live_count == 0 ? 0 : unit.live[unit.live_count - 1].channel;
-  return conv.taps.size() == 1 && conv.taps[0].dy == 0 && conv.taps[0].dx == 0 && conv.grid_height == 1 &&
-         conv.grid_width == p.width && conv.step_x == 1 && p.column_stride == 1 && p.scalar == Scalar::f32 &&
-         conv.all_live_here && last * p.channel_stride <= INT32_MAX;
-}
-
+// The tensor is read where it lies, only the last, partial register tile is copied, because it would read past the
+// plane.
 inline void convolve_in_place(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
   const Planes& planes = conv.source;
   const float* source =
@@ -97,7 +89,12 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
     list[0] = {0, target_offset(conv, 0, tile.x_begin + offset + at), width};
     return 1;
   };
-  if (whole > 0) multiply_and_store<true>(conv, unit, tile, source, steps, unit.live_count, whole, segment);
+  // Blocks that the second-level cache holds for the groups of rows after the first.
+  const int64_t fitting = kSourceBytes / 4 / std::max<int64_t>(1, unit.live_count) / (kVectors * kLanes);
+  const int64_t block = std::max<int64_t>(2, fitting) * (kVectors * kLanes);
+  for (; offset < whole; offset += block)
+    multiply_and_store<true>(conv, unit, tile, source + offset, steps, unit.live_count,
+                             std::min(block, whole - offset), segment);
   if (rest == 0) return;
   for (int64_t i = 0; i < unit.live_count; ++i) {
     for (int64_t x = 0; x < rest; ++x) copy[i * pitch + x] = source[steps[i].source + whole + x];
@@ -113,7 +110,7 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
 void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
                      Scratch& scratch) {
   const int64_t grid_height = tile.y_end - tile.y_begin, grid_width = tile.x_end - tile.x_begin;
-  if (reads_in_place(conv, units[0])) {
+  if (reads_in_place(conv)) {
     for (int64_t u = 0; u < unit_count; ++u) convolve_in_place(conv, units[u], tile, scratch);
     return;
   }
