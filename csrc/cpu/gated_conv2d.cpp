@@ -48,8 +48,18 @@ Problem problem_of(const Tensor& input,   // [N, C_in, H, W]
           {weight.size(3), stride[1], padding[1], dilation[1]}};
 }
 
+// Distances between the elements of a weight. [C_out, C_in / groups, kh, kw]
+struct WeightStrides {
+  int64_t out, in, tap;
+
+  WeightStrides(const Problem& problem, bool channels_last)
+      : out(problem.group_in() * problem.taps()),
+        in(channels_last ? 1 : problem.taps()),
+        tap(channels_last ? problem.group_in() : 1) {}
+};
+
 // One unit per frame and group, from lists that are sorted by channel.
-std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int64_t group_rows, const FrameRoutes& live,
+std::vector<Unit> units_of(const Problem& problem, const WeightStrides& strides, const FrameRoutes& rows, int64_t group_rows, const FrameRoutes& live,
                            int64_t group_live) {
   std::vector<Unit> units;
   units.reserve(size_t(problem.frame_count * problem.group_count));
@@ -72,7 +82,7 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
     for (int64_t g = 0; g < problem.group_count; ++g) {
       const auto r = take(row_list, (g + 1) * group_rows), l = take(live_list, (g + 1) * group_live);
       // The weight holds a group's own input channels only, so their numbers count from the group's first.
-      add(t, r, l, -g * problem.group_in() * problem.taps());
+      add(t, r, l, -g * problem.group_in() * strides.in);
     }
   }
   return units;
@@ -137,13 +147,14 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
 
 // The convolution from `input` to `output`, without its operands' values.
 Convolution forward_convolution(const Problem& problem,
-                                const Tensor& input,     // [N, C_in, H, W]
-                                const Tensor& output) {  // [N, C_out, H', W']
+                                const Tensor& input,   // [N, C_in, H, W]
+                                const Tensor& output,  // [N, C_out, H', W']
+                                const WeightStrides& strides) {
   Convolution conv = {};
   conv.source = planes_of(input);
   conv.target = planes_of(output);
-  conv.weight_row = problem.group_in() * problem.taps();
-  conv.weight_channel = problem.taps();
+  conv.weight_row = strides.out;
+  conv.weight_channel = strides.in;
   conv.grid_height = output.size(2);
   conv.grid_width = output.size(3);
   conv.step_y = problem.y.stride;
@@ -154,7 +165,7 @@ Convolution forward_convolution(const Problem& problem,
     for (int64_t kx = 0; kx < problem.x.size; ++kx)
       conv.taps.push_back({.dy = int32_t(ky * problem.y.dilation - problem.y.padding),
                            .dx = int32_t(kx * problem.x.dilation - problem.x.padding),
-                           .weight = int32_t(ky * problem.x.size + kx)});
+                           .weight = int32_t((ky * problem.x.size + kx) * strides.tap)});
   lay_out_taps(conv);
   return conv;
 }
@@ -163,15 +174,16 @@ Convolution forward_convolution(const Problem& problem,
 // between output pixels, that is for each remainder by the stride.
 std::vector<Convolution> input_gradient_convolutions(const Problem& problem,
                                                      const Tensor& grad_output,   // [N, C_out, H', W']
-                                                     const Tensor& grad_input) {  // [N, C_in, H, W]
+                                                     const Tensor& grad_input,    // [N, C_in, H, W]
+                                                     const WeightStrides& strides) {
   std::vector<Convolution> convs;
   for (int64_t ry = 0; ry < std::min(problem.y.stride, grad_input.size(2)); ++ry)
     for (int64_t rx = 0; rx < std::min(problem.x.stride, grad_input.size(3)); ++rx) {
       Convolution conv = {};
       conv.source = planes_of(grad_output);
       conv.target = planes_of(grad_input);
-      conv.weight_row = problem.taps();
-      conv.weight_channel = problem.group_in() * problem.taps();
+      conv.weight_row = strides.in;
+      conv.weight_channel = strides.out;
       conv.grid_height = (grad_input.size(2) - ry + problem.y.stride - 1) / problem.y.stride;
       conv.grid_width = (grad_input.size(3) - rx + problem.x.stride - 1) / problem.x.stride;
       conv.step_y = conv.step_x = 1;
@@ -186,7 +198,7 @@ std::vector<Convolution> input_gradient_convolutions(const Problem& problem,
           if (dy % problem.y.stride == 0 && dx % problem.x.stride == 0)
             conv.taps.push_back({.dy = int32_t(dy / problem.y.stride),
                                  .dx = int32_t(dx / problem.x.stride),
-                                 .weight = int32_t(ky * problem.x.size + kx)});
+                                 .weight = int32_t((ky * problem.x.size + kx) * strides.tap)});
         }
       lay_out_taps(conv);
       convs.push_back(std::move(conv));
@@ -211,7 +223,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   if (output.numel() == 0) return output;
   const FloatArray weights = floats(weight), biases = floats(bias);
 
-  Convolution conv = forward_convolution(problem, input, output);
+  Convolution conv = forward_convolution(problem, input, output, {problem, weights.channels_last()});
   conv.weight = weights.data();
   conv.weight_extent = weight.numel();
   conv.bias = biases.data();
@@ -220,7 +232,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   const FrameRoutes rows = computed_routes(out_policy, N, problem.out_channels, frames);
   const FrameRoutes live = live_routes(live_policy, N, problem.in_channels);
   const FrameChannels zeros = zero_channels(out_policy, N, problem.out_channels, frames);
-  const std::vector<Unit> units = units_of(problem, rows, problem.group_out(), live, problem.group_in());
+  const std::vector<Unit> units = units_of(problem, {problem, weights.channels_last()}, rows, problem.group_out(), live, problem.group_in());
   std::vector<Convolution> convs = {std::move(conv)};
   run(convs, problem, units, problem.out_channels, problem.in_channels, zeros);
   return output;
@@ -234,13 +246,13 @@ Tensor input_gradient(const Problem& problem,
   Tensor grad_input = empty_like_format(input, {input.size(0), input.size(1), input.size(2), input.size(3)});
   if (grad_input.numel() == 0) return grad_input;
   const FloatArray weights = floats(weight);
-  std::vector<Convolution> convs = input_gradient_convolutions(problem, grad_output, grad_input);
+  std::vector<Convolution> convs = input_gradient_convolutions(problem, grad_output, grad_input, {problem, weights.channels_last()});
   for (Convolution& conv : convs) {
     conv.weight = weights.data();
     conv.weight_extent = weight.numel();
   }
   // The lists change roles: live input channels are computed from the computed output channels.
-  const std::vector<Unit> units = units_of(problem, live, problem.group_in(), computed, problem.group_out());
+  const std::vector<Unit> units = units_of(problem, {problem, weights.channels_last()}, live, problem.group_in(), computed, problem.group_out());
   run(convs, problem, units, problem.in_channels, problem.out_channels, dead);
   return grad_input;
 }
@@ -253,9 +265,9 @@ void add_parameter_gradients(const Problem& problem,
                              float* grad_weight,  // [C_out, C_in / groups, kh, kw], or null
                              float* grad_bias) {  // [C_out], or null
   const Kernels& kernels = best_kernels();
-  const Convolution conv = forward_convolution(problem, input, grad_output);
+  const Convolution conv = forward_convolution(problem, input, grad_output, {problem, false});
   const Planes gradient = conv.target;
-  const std::vector<Unit> units = units_of(problem, computed, problem.group_out(), live, problem.group_in());
+  const std::vector<Unit> units = units_of(problem, {problem, false}, computed, problem.group_out(), live, problem.group_in());
   const int64_t points = kernels.gradient_points(conv), stride = points + kernels.lanes;
   const int64_t taps = problem.taps();
   const int64_t live_per_task = std::max<int64_t>(1, 2 * kernels.pixel_block / taps);

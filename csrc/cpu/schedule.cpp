@@ -14,8 +14,8 @@ namespace adakernels {
 
 namespace {
 
-// Transformed blocks are read once per group of rows, in order, so they may fill a cache of 1 MiB.
-constexpr int64_t kPointBytes = 900 * 1024;
+// Transformed blocks of a tile: most of a second-level cache of 512 KiB, of which they are read in order.
+constexpr int64_t kPointBytes = 400 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
 // As many units as share the cost of transforming kernels, and as many rows as their caches hold kernels of.

@@ -43,7 +43,8 @@ FloatArray floats(const std::optional<Tensor>& tensor) {
   FloatArray array;
   if (!tensor.has_value()) return array;
   Tensor values = tensor->scalar_type() == ScalarType::Float ? *tensor : torch::stable::to(*tensor, ScalarType::Float);
-  if (!values.is_contiguous()) values = torch::stable::contiguous(values);
+  array.channels_last_ = values.dim() == 4 && is_channels_last(values);
+  if (!values.is_contiguous() && !array.channels_last_) values = torch::stable::contiguous(values);
   array.data_ = static_cast<const float*>(values.const_data_ptr());
   array.owner_ = values;
   return array;

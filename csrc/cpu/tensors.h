@@ -12,18 +12,21 @@
 
 namespace adakernels {
 
-// Values of a tensor in logical order as float32: the tensor's own memory where it is that already.
+// Values of a tensor as float32: the tensor's own memory where it is that already.
 class FloatArray {
  public:
   const float* data() const { return data_; }
+  // Of a 4-dimensional tensor: whether its second dimension is the innermost in memory, and not the last one.
+  bool channels_last() const { return channels_last_; }
 
  private:
   friend FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
+  bool channels_last_ = false;
   std::optional<torch::stable::Tensor> owner_;
   const float* data_ = nullptr;
 };
 
-// Null for no tensor.
+// Null for no tensor. In logical order, or, where the tensor is that, channels-last.
 FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
 
 // The frames of a float32 or bfloat16 tensor of any strides. [N, C, H, W]

@@ -2,6 +2,8 @@
 // "Fast Algorithms for Convolutional Neural Networks", 2016). Rows and live channels are lists, as everywhere.
 #pragma once
 
+#include <cstdlib>
+
 #include "direct.h"
 #include "transpose.h"
 
@@ -14,10 +16,12 @@ constexpr int kPoints = 16;  // of a transformed 4x4 block
 int64_t winograd_point_stride(int64_t channel_count) { return (channel_count + 15) / 16 * 16 + 16; }
 
 // kernels[k][i] = value k of the 3x3 kernel of channel first + i, for i < count.
-inline void gather_kernels(const float* weights, const float* limit, int64_t stride, int64_t count,
+inline void gather_kernels(const float* weights, const float* limit, int64_t stride, int64_t count, int64_t tap_stride,
                            float kernels[9][kLanes]) {
   int k = 0;
-  if (count == kLanes)
+  if (stride == 1 && count == kLanes)
+    for (; k < 9; ++k) store<kLanes>(kernels[k], load<kLanes>(weights + k * tap_stride));
+  if (tap_stride == 1 && count == kLanes)
     for (; k < 9 && weights + (kLanes - 1) * stride + k + kLanes <= limit; k += kLanes) {
       float block[kLanes][kLanes];
       const float* rows[kLanes];
@@ -26,16 +30,18 @@ inline void gather_kernels(const float* weights, const float* limit, int64_t str
       for (int j = 0; j < kLanes && k + j < 9; ++j) store<kLanes>(kernels[k + j], load<kLanes>(block[j]));
     }
   for (; k < 9; ++k)
-    for (int64_t i = 0; i < kLanes; ++i) kernels[k][i] = i < count ? weights[i * stride + k] : 0.f;
+    for (int64_t i = 0; i < kLanes; ++i) kernels[k][i] = i < count ? weights[i * stride + k * tap_stride] : 0.f;
 }
 
 // The 16 values of G g G^T of one row's kernels: transformed[point * point_stride + channel].
-// The nine values of a kernel lie next to each other, in any order.
+// The nine values of a kernel lie the same distance apart.
 void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_count, float* transformed,
                       int64_t point_stride) {
   using V = Vector<kLanes>;
-  int32_t at[3][3];
-  for (const Tap& tap : conv.taps) at[tap.dy - conv.phases[0].dy][tap.dx - conv.phases[0].dx] = tap.weight;
+  int32_t at[3][3];  // which of the nine values, in the order they lie in, a position has
+  const int64_t tap_stride = std::abs(conv.taps[1].weight - conv.taps[0].weight);
+  for (const Tap& tap : conv.taps)
+    at[tap.dy - conv.phases[0].dy][tap.dx - conv.phases[0].dx] = int32_t(tap.weight / tap_stride);
   const float* weights = conv.weight + row * conv.weight_row;
   for (int64_t first = 0; first < channel_count; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, channel_count - first);
@@ -44,7 +50,7 @@ void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_coun
     for (int line = 0; line < 9 * kLanes; line += 16)
       __builtin_prefetch(weights + (first + 4 * kLanes) * conv.weight_channel + line);
     gather_kernels(weights + first * conv.weight_channel, conv.weight + conv.weight_extent, conv.weight_channel, count,
-                   kernels);
+                   tap_stride, kernels);
     V g[4][3];
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x) {
