@@ -48,9 +48,9 @@ Problem problem_of(const Tensor& input,   // [N, C_in, H, W]
           {weight.size(3), stride[1], padding[1], dilation[1]}};
 }
 
-// One unit per frame and group, from lists that are sorted by channel.
+// One unit per frame and group, from lists that are sorted by channel; `whole_frames`: one per frame for all groups.
 std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int64_t group_rows, const FrameRoutes& live,
-                           int64_t group_live) {
+                           int64_t group_live, bool whole_frames = false) {
   std::vector<Unit> units;
   units.reserve(size_t(problem.frame_count * problem.group_count));
   const auto add = [&](int64_t frame, std::span<const Route> r, std::span<const Route> l, int64_t weight_offset) {
@@ -65,7 +65,7 @@ std::vector<Unit> units_of(const Problem& problem, const FrameRoutes& rows, int6
   };
   for (int64_t t = 0; t < problem.frame_count; ++t) {
     std::span<const Route> row_list = rows[t], live_list = live[t];
-    if (problem.group_count == 1) {
+    if (problem.group_count == 1 || whole_frames) {
       add(t, row_list, live_list, 0);
       continue;
     }
@@ -110,7 +110,7 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   const Planes target = convs.front().target;
   std::vector<Task> tasks;
   for (Convolution& conv : convs) {
-    flatten_grid(conv);
+    if (conv.rows_per_live == 0) flatten_grid(conv);
     if (problem.group_count == 1 && can_use_winograd(conv))
       transform_weights(conv, units, row_count, channel_count, kernels, call_scratch());
     add_tasks(tasks, conv, units, kernels);
@@ -151,6 +151,8 @@ Convolution forward_convolution(const Problem& problem,
                            .dx = int32_t(kx * problem.x.dilation - problem.x.padding),
                            .weight = int32_t(ky * problem.x.size + kx)});
   lay_out_taps(conv);
+  if (problem.group_count > 1 && problem.group_in() == 1 && can_use_depthwise(conv))
+    conv.rows_per_live = problem.group_out();
   return conv;
 }
 
@@ -214,7 +216,8 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   const FrameRoutes rows = computed_routes(out_policy, N, problem.out_channels, frames);
   const FrameRoutes live = live_routes(live_policy, N, problem.in_channels);
   const FrameChannels zeros = zero_channels(out_policy, N, problem.out_channels, frames);
-  const std::vector<Unit> units = units_of(problem, rows, problem.group_out(), live, problem.group_in());
+  const std::vector<Unit> units =
+      units_of(problem, rows, problem.group_out(), live, problem.group_in(), conv.rows_per_live > 0);
   std::vector<Convolution> convs = {std::move(conv)};
   run(convs, problem, units, problem.out_channels, problem.in_channels, zeros);
   return output;

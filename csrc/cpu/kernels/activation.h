@@ -43,7 +43,7 @@ inline Vector<lanes> activate(Activation kind, Vector<lanes> x) {
       return x < zero ? zero : (x > zero + 6.f ? zero + 6.f : x);
     case Activation::silu: {
       const V e = exp_nonpositive<lanes>(x < zero ? x : -x);
-      return x < zero ? x * e / (1.f + e) : x / (1.f + e);
+      return (x < zero ? x * e : x) / (1.f + e);
     }
   }
   return x;

@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include "depthwise.h"
 #include "direct.h"
 #include "fuse.h"
 #include "weight_gradient.h"
@@ -8,6 +9,7 @@
 namespace adakernels::ADAKERNELS_ISA {
 
 const Kernels kernels = {kRows, kVectors * kLanes, kLanes, convolve_direct, convolve_winograd,
-                         winograd_weights, gradient_points, copy_gradient, add_weight_gradient, mix_planes, dot_planes};
+                         convolve_depthwise, winograd_weights, gradient_points, copy_gradient, add_weight_gradient,
+                         mix_planes, dot_planes};
 
 }  // namespace adakernels::ADAKERNELS_ISA

@@ -27,6 +27,8 @@ struct Kernels {
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
+  // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
+  void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The transformed kernels of one row of weights for all `channel_count` channels.
   void (*winograd_weights)(const Convolution&, int64_t row, int64_t channel_count, float* transformed,
                            int64_t point_stride);
