@@ -65,6 +65,13 @@ PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_co
   if (!policy.has_value()) return nullptr;
   STD_TORCH_CHECK(policy->is_contiguous(), "expected a contiguous policy");
   const auto* values = static_cast<const int64_t*>(policy->const_data_ptr());
+  // Bits of values other than 0, 1 and 2.
+  uint64_t wrong = 0;
+  for (int64_t i = 0; i < frame_count * channels; ++i) {
+    const uint64_t value = uint64_t(values[i]);
+    wrong |= (value & ~uint64_t(3)) | (value & value >> 1);
+  }
+  if (wrong == 0) return values;
   for (int64_t i = 0; i < frame_count * channels; ++i)
     STD_TORCH_CHECK(values[i] >= 0 && values[i] <= 2, op, ": expected ", name,
                     " values 0 (KEEP), 1 (REUSE) or 2 (SKIP), got ", values[i]);
