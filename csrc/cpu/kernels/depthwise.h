@@ -18,6 +18,9 @@ namespace {
 constexpr int kRunPixels = 14;
 // Computed pixels that wait to be stored together, so that the rows of small planes make whole vectors.
 constexpr int64_t kStoredPixels = 128;
+// Up to this size, a plane is fetched while the ones before it are computed: it ends before the processor would have
+// seen what to fetch ahead.
+constexpr int64_t kPrefetchedPixels = 1024;
 
 // out[i] = start + sum over steps of weights[step.weight] * source[step.source + i], all of them vectors.
 template <int count>
@@ -69,9 +72,22 @@ struct Lanes {
   alignas(64) float start[kLanes];
 };
 
+// Fetches part `i` of `parts` of some planes.
+template <bool write, typename Plane>
+inline void prefetch_part(Plane* const* planes, int64_t size, int64_t i, int64_t parts) {
+  constexpr int64_t line = 16;
+  const int64_t lines = (size + line - 1) / line;
+  for (int64_t at = lines * i / parts; at < lines * (i + 1) / parts; ++at)
+    for (int l = 0; l < kLanes; ++l) __builtin_prefetch(planes[l] + at * line, write, 2);
+}
+
+// `next`: the planes that come after these, or null.
 inline void depthwise_group(const Convolution& conv, const Tile& tile, const DepthwiseGeometry& geometry,
-                            const Lanes& lanes, float* ring, float* weights, float* out) {
+                            const Lanes& lanes, const Lanes* next, float* ring, float* weights, float* out) {
   const int64_t width = conv.grid_width;
+  const int64_t source_size = (geometry.last_row - geometry.first_row + 1) * conv.source.width;
+  const int64_t target_size = (tile.y_end - tile.y_begin) * width;
+  if (source_size > kPrefetchedPixels) next = nullptr;
   gather_lanes(lanes.weights, 0, int64_t(conv.taps.size()),
                [&](int64_t i, Vector<kLanes> v) { store<kLanes>(weights + i * kLanes, v); });
   const int64_t runs = (width + kRunPixels - 1) / kRunPixels, rows_stored = std::max<int64_t>(1, kStoredPixels / width);
@@ -81,6 +97,10 @@ inline void depthwise_group(const Convolution& conv, const Tile& tile, const Dep
     const int64_t end = std::min(tile.y_end, y + rows_stored);
     for (int64_t i = y; i < end; ++i) {
       const GridRow& row = geometry.rows[i - tile.y_begin];
+      if (next != nullptr) {
+        prefetch_part<false>(next->source, source_size, i - tile.y_begin, tile.y_end - tile.y_begin);
+        prefetch_part<true>(next->target, target_size, i - tile.y_begin, tile.y_end - tile.y_begin);
+      }
       if (filled < row.pixel_end) {
         gather_lanes(lanes.source, filled, row.pixel_end, [&](int64_t p, Vector<kLanes> v) {
           store<kLanes>(ring + geometry.offsets[p], v);
@@ -168,10 +188,17 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
     rows[i].pixel_end = int32_t(std::min((row_end * source.width + 3) / 4 * 4, source_rows * source.width));
   }
 
-  Lanes lanes;
-  int lane_count = 0;
+  Lanes groups[2];  // one to compute, and one that is being put together
+  int current = 0, lane_count = 0;
+  bool waiting = false;
   float* unused = reinterpret_cast<float*>(memory + unused_at);
-  const auto compute = [&] {
+  const auto compute_waiting = [&](const Lanes* next) {
+    if (waiting)
+      depthwise_group(conv, tile, geometry, groups[1 - current], next, ring,
+                      reinterpret_cast<float*>(memory + weights_at), reinterpret_cast<float*>(memory + out_at));
+  };
+  const auto finish_group = [&] {
+    Lanes& lanes = groups[current];
     for (int l = lane_count; l < kLanes; ++l) {
       lanes.source[l] = lanes.source[0];
       lanes.weights[l] = lanes.weights[0];
@@ -179,8 +206,9 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
       lanes.target[l] = unused;
       lanes.copy[l] = nullptr;
     }
-    depthwise_group(conv, tile, geometry, lanes, ring, reinterpret_cast<float*>(memory + weights_at),
-                    reinterpret_cast<float*>(memory + out_at));
+    compute_waiting(&lanes);
+    waiting = true;
+    current = 1 - current;
     lane_count = 0;
   };
   const auto target_plane = [&](int64_t frame, int64_t channel) {
@@ -207,18 +235,20 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
             std::fill(to + tile.y_begin * target.width, to + tile.y_end * target.width, value[0]);
         continue;
       }
+      Lanes& lanes = groups[current];
       lanes.source[lane_count] = static_cast<const float*>(source.data) + unit->frame * source.frame_stride +
                                  channel * source.channel_stride + geometry.first_row * source.width;
       lanes.weights[lane_count] = conv.weight + row.channel * conv.weight_row;
       lanes.start[lane_count] = start;
       lanes.target[lane_count] = plane;
       lanes.copy[lane_count] = copy;
-      if (++lane_count == kLanes) compute();
+      if (++lane_count == kLanes) finish_group();
     }
     begin = std::max<int64_t>(0, begin - unit->row_count);
     end -= unit->row_count;
   }
-  if (lane_count > 0) compute();
+  if (lane_count > 0) finish_group();
+  compute_waiting(nullptr);
 }
 
 }  // namespace
