@@ -2,13 +2,6 @@
 
 namespace adakernels {
 
-namespace {
-
-// The order is that of adakernels.Policy.
-enum Policy : int64_t { keep = 0, reuse = 1, skip = 2 };
-
-}  // namespace
-
 // A route is written before it is known whether it counts: what a policy holds is hard to predict for a branch.
 
 FrameRoutes live_routes(PolicyValues policy, int64_t frame_count, int64_t channels) {
@@ -43,11 +36,6 @@ FrameRoutes computed_routes(PolicyValues policy, int64_t frame_count, int64_t ch
     computed.counts_[size_t(t)] = count;
   }
   return computed;
-}
-
-bool FrameChannels::contains(int64_t frame, int64_t channel) const {
-  const int64_t value = policy_[frame * channels_ + channel];
-  return value == skip || (value == reuse && frames_ > 0 && frame % frames_ == 0);
 }
 
 FrameChannels zero_channels(PolicyValues policy, int64_t channels, int64_t frames) {

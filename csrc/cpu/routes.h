@@ -12,6 +12,9 @@ namespace adakernels {
 // The values of a policy argument. [N, C], contiguous; null where the argument was not given.
 using PolicyValues = const int64_t*;
 
+// The order is that of adakernels.Policy.
+enum Policy : int64_t { keep = 0, reuse = 1, skip = 2 };
+
 // For each frame a list of routes, sorted by channel.
 class FrameRoutes {
  public:
@@ -40,7 +43,10 @@ FrameRoutes live_routes(PolicyValues policy, int64_t frame_count, int64_t channe
 class FrameChannels {
  public:
   bool empty() const { return policy_ == nullptr; }
-  bool contains(int64_t frame, int64_t channel) const;
+  bool contains(int64_t frame, int64_t channel) const {
+    const int64_t value = policy_[frame * channels_ + channel];
+    return value == skip || (value == reuse && frames_ > 0 && frame % frames_ == 0);
+  }
 
  private:
   friend FrameChannels zero_channels(PolicyValues, int64_t, int64_t);
