@@ -1,5 +1,9 @@
 #include "tensors.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -9,6 +13,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
+
+// malloc asks the system for memory of this size and more anew at every call, and faulting 4 KiB pages in costs more
+// than computing what goes there.
+constexpr int64_t kFreshBytes = 32 << 20;
+
+void use_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  if (bytes >= kFreshBytes) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 bool is_channels_last(const Tensor& tensor) {
   if (tensor.is_contiguous()) return false;
@@ -57,7 +74,10 @@ Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes) 
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), is_channels_last(like) ? channels_last : planar,
                                                   dtype, device, 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (tensor.numel() > 0)
+    use_large_pages(tensor.mutable_data_ptr(), tensor.numel() * (tensor.scalar_type() == ScalarType::Float ? 4 : 2));
+  return tensor;
 }
 
 PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_count, int64_t channels, const char* op,
