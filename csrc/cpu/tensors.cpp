@@ -14,9 +14,9 @@ using torch::stable::Tensor;
 
 namespace {
 
-// malloc asks the system for memory of this size and more anew at every call, and faulting 4 KiB pages in costs more
-// than computing what goes there.
-constexpr int64_t kFreshBytes = 32 << 20;
+// malloc may hand memory of this size back to the system and ask for it anew at every call, and faulting 4 KiB pages in
+// costs more than computing what goes there.
+constexpr int64_t kFreshBytes = 4 << 20;
 
 void use_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__)

@@ -21,11 +21,12 @@ inline Vector<16> load_quads(const float* const* planes, int64_t at) {
   v = _mm512_insertf32x4(v, _mm_loadu_ps(planes[12] + at), 3);
   return Vector<16>(v);
 }
+// Masked, because GCC warns of the undefined operand of the plain form.
 inline void store_quads(float* const* planes, int64_t at, Vector<16> v) {
-  _mm_storeu_ps(planes[0] + at, _mm512_castps512_ps128(__m512(v)));
-  _mm_storeu_ps(planes[4] + at, _mm512_maskz_extractf32x4_ps(0xff, __m512(v), 1));
-  _mm_storeu_ps(planes[8] + at, _mm512_maskz_extractf32x4_ps(0xff, __m512(v), 2));
-  _mm_storeu_ps(planes[12] + at, _mm512_maskz_extractf32x4_ps(0xff, __m512(v), 3));
+  _mm_storeu_ps(planes[0] + at, _mm512_maskz_extractf32x4_ps(0xf, __m512(v), 0));
+  _mm_storeu_ps(planes[4] + at, _mm512_maskz_extractf32x4_ps(0xf, __m512(v), 1));
+  _mm_storeu_ps(planes[8] + at, _mm512_maskz_extractf32x4_ps(0xf, __m512(v), 2));
+  _mm_storeu_ps(planes[12] + at, _mm512_maskz_extractf32x4_ps(0xf, __m512(v), 3));
 }
 #elif defined(__AVX2__)
 inline Vector<8> load_quads(const float* const* planes, int64_t at) {
