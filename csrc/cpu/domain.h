@@ -74,6 +74,7 @@ struct Convolution {
   std::vector<Phase> phases;     // set by lay_out_taps, as is what follows
   int64_t shift_y, shift_x;      // the largest of the taps
   bool all_live_here;            // no live route reads the next frame
+  int64_t rows_per_live;         // of a depthwise convolution: row r reads live channel r / rows_per_live alone; else 0
   WinogradWeights winograd;      // null weight: the direct convolution
 };
 

@@ -58,9 +58,10 @@ struct WeightStrides {
         tap(channels_last ? problem.group_in() : 1) {}
 };
 
-// One unit per frame and group, from lists that are sorted by channel.
-std::vector<Unit> units_of(const Problem& problem, const WeightStrides& strides, const FrameRoutes& rows, int64_t group_rows, const FrameRoutes& live,
-                           int64_t group_live) {
+// One unit per frame and group, from lists that are sorted by channel; `whole_frames`: one per frame for all groups.
+std::vector<Unit> units_of(const Problem& problem, const WeightStrides& strides, const FrameRoutes& rows,
+                           int64_t group_rows, const FrameRoutes& live, int64_t group_live,
+                           bool whole_frames = false) {
   std::vector<Unit> units;
   units.reserve(size_t(problem.frame_count * problem.group_count));
   const auto add = [&](int64_t frame, std::span<const Route> r, std::span<const Route> l, int64_t weight_offset) {
@@ -75,7 +76,7 @@ std::vector<Unit> units_of(const Problem& problem, const WeightStrides& strides,
   };
   for (int64_t t = 0; t < problem.frame_count; ++t) {
     std::span<const Route> row_list = rows[t], live_list = live[t];
-    if (problem.group_count == 1) {
+    if (problem.group_count == 1 || whole_frames) {
       add(t, row_list, live_list, 0);
       continue;
     }
@@ -90,20 +91,33 @@ std::vector<Unit> units_of(const Problem& problem, const WeightStrides& strides,
 
 constexpr int64_t kZeroedPerTask = 64 * 1024;  // elements
 
-void zero_plane(const Planes& planes, int64_t frame, int64_t channel) {
+// Zeroes neighbouring channels of a frame, in runs as long as the format allows.
+void zero_planes(const Planes& planes, int64_t frame, int64_t channel, int64_t count) {
   const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
-  char* plane = static_cast<char*>(planes.data) +
-                (frame * planes.frame_stride + channel * planes.channel_stride) * size;
-  for (int64_t y = 0; y < planes.height; ++y) {
-    char* row = plane + y * planes.row_stride * size;
-    if (planes.column_stride == 1 && planes.row_stride == planes.width) {
-      std::memset(row, 0, size_t(planes.height * planes.width * size));
-      return;
-    }
-    if (planes.column_stride == 1)
-      std::memset(row, 0, size_t(planes.width * size));
-    else
-      for (int64_t x = 0; x < planes.width; ++x) std::memset(row + x * planes.column_stride * size, 0, size_t(size));
+  char* const data = static_cast<char*>(planes.data) +
+                     (frame * planes.frame_stride + channel * planes.channel_stride) * size;
+  const auto zero = [&](int64_t offset, int64_t run) { std::memset(data + offset * size, 0, size_t(run * size)); };
+  const bool rows = planes.column_stride == 1, whole = rows && planes.row_stride == planes.width;
+  if (whole && planes.channel_stride == planes.height * planes.width) {
+    zero(0, count * planes.channel_stride);
+  } else if (planes.channel_stride == 1) {
+    for (int64_t y = 0; y < planes.height; ++y)
+      for (int64_t x = 0; x < planes.width; ++x) zero(y * planes.row_stride + x * planes.column_stride, count);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t y = 0; y < planes.height; ++y)
+        for (int64_t x = 0, run = rows ? planes.width : 1; x < planes.width; x += run)
+          zero(c * planes.channel_stride + y * planes.row_stride + x * planes.column_stride, run);
+  }
+}
+
+// Zeroes those of a frame's channels [begin, end) that are in `zeros`.
+void zero_channel_range(const Planes& planes, const FrameChannels& zeros, int64_t frame, int64_t begin, int64_t end) {
+  while (begin < end) {
+    int64_t c = begin;
+    while (c < end && zeros.contains(frame, c)) ++c;
+    if (c > begin) zero_planes(planes, frame, begin, c - begin);
+    begin = c + 1;
   }
 }
 
@@ -120,7 +134,7 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   const Planes target = convs.front().target;
   std::vector<Task> tasks;
   for (Convolution& conv : convs) {
-    flatten_grid(conv);
+    if (conv.rows_per_live == 0) flatten_grid(conv);
     if (problem.group_count == 1 && can_use_winograd(conv)) {
       if (shares_weights(conv, units, kernels)) {
         convolve_sharing_weights(conv, units, row_count, channel_count, kernels, call_scratch());
@@ -130,17 +144,17 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
     }
     add_tasks(tasks, conv, units, kernels);
   }
-  const int64_t count = int64_t(tasks.size()), zero_count = int64_t(zeros.size());
+  const int64_t count = int64_t(tasks.size());
   const int64_t plane = target.height * target.width;
   const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
-  const double zero_work = double(zero_count * plane) / 16;
-  run_tasks(count + (zero_count + chunk - 1) / chunk, work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
+  const int64_t chunks = zeros.empty() ? 0 : (row_count + chunk - 1) / chunk;  // of a frame
+  const double zero_work = zeros.empty() ? 0. : double(problem.frame_count * row_count * plane) / 16;
+  run_tasks(count + problem.frame_count * chunks, work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
     if (i < count) {
       run_task(tasks[size_t(i)], kernels, scratch);
     } else {
-      const int64_t first = (i - count) * chunk;
-      for (int64_t z = first; z < std::min(first + chunk, zero_count); ++z)
-        zero_plane(target, zeros[size_t(z)].frame, zeros[size_t(z)].channel);
+      const int64_t first = (i - count) % chunks * chunk;
+      zero_channel_range(target, zeros, (i - count) / chunks, first, std::min(first + chunk, row_count));
     }
   });
 }
@@ -167,6 +181,8 @@ Convolution forward_convolution(const Problem& problem,
                            .dx = int32_t(kx * problem.x.dilation - problem.x.padding),
                            .weight = int32_t((ky * problem.x.size + kx) * strides.tap)});
   lay_out_taps(conv);
+  if (problem.group_count > 1 && problem.group_in() == 1 && can_use_depthwise(conv))
+    conv.rows_per_live = problem.group_out();
   return conv;
 }
 
@@ -231,8 +247,9 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
 
   const FrameRoutes rows = computed_routes(out_policy, N, problem.out_channels, frames);
   const FrameRoutes live = live_routes(live_policy, N, problem.in_channels);
-  const FrameChannels zeros = zero_channels(out_policy, N, problem.out_channels, frames);
-  const std::vector<Unit> units = units_of(problem, {problem, weights.channels_last()}, rows, problem.group_out(), live, problem.group_in());
+  const FrameChannels zeros = zero_channels(out_policy, problem.out_channels, frames);
+  const std::vector<Unit> units = units_of(problem, {problem, weights.channels_last()}, rows, problem.group_out(),
+                                           live, problem.group_in(), conv.rows_per_live > 0);
   std::vector<Convolution> convs = {std::move(conv)};
   run(convs, problem, units, problem.out_channels, problem.in_channels, zeros);
   return output;
@@ -323,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
   const FrameRoutes live = live_routes(live_policy, N, problem.in_channels);
 
   Tensor grad_input = want_input ? input_gradient(problem, grad_output, input, weight, computed, live,
-                                                  dead_channels(live_policy, N, problem.in_channels))
+                                                  dead_channels(live_policy, problem.in_channels))
                                  : torch::stable::new_empty(input, {0});
   using torch::headeronly::ScalarType;
   const auto zeros = [&](const std::vector<int64_t>& sizes) {

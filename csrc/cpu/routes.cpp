@@ -2,58 +2,46 @@
 
 namespace adakernels {
 
-namespace {
-
-// The order is that of adakernels.Policy.
-enum Policy : int64_t { keep = 0, reuse = 1, skip = 2 };
-
-}  // namespace
+// A route is written before it is known whether it counts: what a policy holds is hard to predict for a branch.
 
 FrameRoutes live_routes(PolicyValues policy, int64_t frame_count, int64_t channels) {
-  FrameRoutes lists;
-  lists.shared_ = policy == nullptr;
-  for (int64_t t = 0; t < (lists.shared_ ? 1 : frame_count); ++t) {
-    for (int64_t c = 0; c < channels; ++c)
-      if (policy == nullptr || policy[t * channels + c] != skip)
-        lists.routes_.push_back({int32_t(c), true, false});
-    lists.begin_.push_back(int64_t(lists.routes_.size()));
+  const int64_t lists = policy == nullptr ? 1 : frame_count;
+  FrameRoutes live(lists, channels);
+  for (int64_t t = 0; t < lists; ++t) {
+    Route* routes = live.routes_.get() + t * channels;
+    int64_t count = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      routes[count] = {int32_t(c), true, false};
+      count += policy == nullptr || policy[t * channels + c] != skip;
+    }
+    live.counts_[size_t(t)] = count;
   }
-  return lists;
+  return live;
 }
 
 FrameRoutes computed_routes(PolicyValues policy, int64_t frame_count, int64_t channels, int64_t frames) {
   if (policy == nullptr) return live_routes(nullptr, frame_count, channels);
-  FrameRoutes lists;
+  FrameRoutes computed(frame_count, channels);
   for (int64_t t = 0; t < frame_count; ++t) {
     const int64_t* here = policy + t * channels;
-    const int64_t* next = (t + 1) % frames != 0 ? here + channels : nullptr;
+    const bool last = (t + 1) % frames == 0;
+    const int64_t* next = last ? here : here + channels;
+    Route* routes = computed.routes_.get() + t * channels;
+    int64_t count = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      const bool kept = here[c] == keep, reused = next != nullptr && next[c] == reuse;
-      if (kept || reused) lists.routes_.push_back({int32_t(c), kept, reused});
+      const bool kept = here[c] == keep, reused = (next[c] == reuse) & !last;
+      routes[count] = {int32_t(c), kept, reused};
+      count += kept | reused;
     }
-    lists.begin_.push_back(int64_t(lists.routes_.size()));
+    computed.counts_[size_t(t)] = count;
   }
-  return lists;
+  return computed;
 }
 
-FrameChannels zero_channels(PolicyValues policy, int64_t frame_count, int64_t channels, int64_t frames) {
-  FrameChannels zeros;
-  if (policy == nullptr) return zeros;
-  for (int64_t t = 0; t < frame_count; ++t)
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t value = policy[t * channels + c];
-      if (value == skip || (value == reuse && t % frames == 0)) zeros.push_back({t, c});
-    }
-  return zeros;
+FrameChannels zero_channels(PolicyValues policy, int64_t channels, int64_t frames) {
+  return {policy, channels, frames};
 }
 
-FrameChannels dead_channels(PolicyValues policy, int64_t frame_count, int64_t channels) {
-  FrameChannels dead;
-  if (policy == nullptr) return dead;
-  for (int64_t t = 0; t < frame_count; ++t)
-    for (int64_t c = 0; c < channels; ++c)
-      if (policy[t * channels + c] == skip) dead.push_back({t, c});
-  return dead;
-}
+FrameChannels dead_channels(PolicyValues policy, int64_t channels) { return {policy, channels, 0}; }
 
 }  // namespace adakernels

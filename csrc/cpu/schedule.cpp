@@ -22,6 +22,8 @@ constexpr int64_t kRowsPerTask = 32;
 constexpr size_t kUnitsSharingWeights = 16;
 constexpr int64_t kRowsSharingWeights = 32;
 constexpr size_t kUnitsPerTask = 64;
+// A depthwise task lays its geometry out once for all of its planes.
+constexpr int64_t kGroupsPerTask = 4, kGridRowsPerTask = 4;
 constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
 constexpr double kParallelWork = 1e5;
@@ -51,6 +53,29 @@ void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::
         tasks.push_back({&conv, &unit, 1,
                          Tile{block_rows * p / parts, block_rows * (p + 1) / parts, 0, block_columns,
                               unit.row_count * r / row_parts, unit.row_count * (r + 1) / row_parts}});
+  }
+}
+
+// Rows of all frames one after the other, in whole vectors of planes; parts of planes only where those are too few.
+void add_depthwise_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
+                         int64_t lanes) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  int64_t row_count = 0;
+  for (const Unit& unit : units) row_count += unit.row_count;
+  const int64_t groups = ceil_div(row_count, lanes);
+  const int64_t parts = std::min(ceil_div(groups, kGroupsPerTask), kTasksPerThread * threads);
+  if (parts == 0) return;
+  const int64_t y_parts = std::clamp<int64_t>(2 * threads / parts, 1, ceil_div(conv.grid_height, kGridRowsPerTask));
+  const Unit* unit = units.data();
+  const Unit* const units_end = unit + units.size();
+  int64_t passed = 0;  // rows of the units before `unit`
+  for (int64_t p = 0; p < parts; ++p) {
+    const int64_t begin = groups * p / parts * lanes, end = std::min(groups * (p + 1) / parts * lanes, row_count);
+    while (passed + unit->row_count <= begin) passed += unit++->row_count;
+    for (int64_t y = 0; y < y_parts; ++y)
+      tasks.push_back({&conv, unit, units_end - unit,
+                       Tile{conv.grid_height * y / y_parts, conv.grid_height * (y + 1) / y_parts, 0, conv.grid_width,
+                            begin - passed, end - passed}});
   }
 }
 
@@ -101,6 +126,14 @@ void flatten_grid(Convolution& conv) {
 bool can_use_winograd(const Convolution& conv) {
   return conv.taps.size() == 9 && conv.step_y == 1 && conv.step_x == 1 && conv.shift_y == 2 && conv.shift_x == 2 &&
          conv.target_step_y == 1 && conv.target_step_x == 1;
+}
+
+bool can_use_depthwise(const Convolution& conv) {
+  const auto gapless = [](const Planes& p) {
+    return p.scalar == Scalar::f32 && p.column_stride == 1 && p.row_stride == p.width;
+  };
+  return gapless(conv.source) && gapless(conv.target) && conv.target_step_y == 1 && conv.target_step_x == 1 &&
+         conv.all_live_here;
 }
 
 void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
@@ -161,6 +194,10 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
     add_winograd_tasks(tasks, conv, units);
     return;
   }
+  if (conv.rows_per_live > 0) {
+    add_depthwise_tasks(tasks, conv, units, kernels.lanes);
+    return;
+  }
   for (size_t u = 0; u < units.size();) {
     const Unit& unit = units[u];
     // Whole rows where they fit, else parts of one row.
@@ -202,9 +239,11 @@ double work(const std::vector<Task>& tasks) {
   double sum = 0;
   for (const Task& task : tasks) {
     const Tile& tile = task.tile;
+    const Convolution& conv = *task.convolution;
+    const int64_t taps = int64_t(conv.taps.size());
+    const int64_t products = conv.rows_per_live > 0 ? 1 + taps : task.unit_count * (1 + task.units->live_count * taps);
     sum += double(tile.y_end - tile.y_begin) * double(tile.x_end - tile.x_begin) *
-           double(tile.row_end - tile.row_begin) *
-           double(task.unit_count * (1 + task.units->live_count * int64_t(task.convolution->taps.size())));
+           double(tile.row_end - tile.row_begin) * double(products);
   }
   return sum;
 }
@@ -212,6 +251,8 @@ double work(const std::vector<Task>& tasks) {
 void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
   if (task.convolution->winograd.weight != nullptr)
     kernels.convolve_winograd(*task.convolution, *task.units, task.tile, scratch);
+  else if (task.convolution->rows_per_live > 0)
+    kernels.convolve_depthwise(*task.convolution, task.units, task.unit_count, task.tile, scratch);
   else
     kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
 }

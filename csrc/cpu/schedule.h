@@ -17,6 +17,9 @@ const Kernels& best_kernels();
 // Whether the taps make an undilated 3x3 kernel at stride 1, and Winograd's method is the faster one.
 bool can_use_winograd(const Convolution& convolution);
 
+// Whether the depthwise kernel reads and writes these planes.
+bool can_use_depthwise(const Convolution& convolution);
+
 // Transforms the 3x3 kernels of the rows that units name into `scratch`, and has `convolution` use them.
 void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
                        const Kernels& kernels, Scratch& scratch);
@@ -31,7 +34,7 @@ void convolve_sharing_weights(const Convolution& convolution, std::span<const Un
 struct Task {
   const Convolution* convolution;
   const Unit* units;
-  int64_t unit_count;  // of one frame
+  int64_t unit_count;  // of one frame, unless the convolution is depthwise
   Tile tile;
 };
 

@@ -27,7 +27,8 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-// A large fresh block is touched page by page, and a page fault costs more than the writing: ask for larger pages.
+// malloc may map memory of this size anew at every call, and faulting 4 KiB pages in costs more than computing what
+// goes there: ask for larger pages.
 void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2 << 20;
@@ -85,6 +86,13 @@ PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_co
   if (!policy.has_value()) return nullptr;
   STD_TORCH_CHECK(policy->is_contiguous(), "expected a contiguous policy");
   const auto* values = static_cast<const int64_t*>(policy->const_data_ptr());
+  // Bits of values other than 0, 1 and 2.
+  uint64_t wrong = 0;
+  for (int64_t i = 0; i < frame_count * channels; ++i) {
+    const uint64_t value = uint64_t(values[i]);
+    wrong |= (value & ~uint64_t(3)) | (value & value >> 1);
+  }
+  if (wrong == 0) return values;
   for (int64_t i = 0; i < frame_count * channels; ++i)
     // The dispatcher hands this type on to Python as a ValueError.
     if (values[i] < 0 || values[i] > 2)

@@ -7,14 +7,16 @@
 namespace adakernels {
 namespace {
 
-// exp(x) for x <= 0 to about 2 ulp: 2^n times a polynomial in the remainder of x / ln 2.
+// exp(x) for x <= 88 to about 2 ulp: 2^n times a polynomial in the remainder of x / ln 2.
 template <int lanes>
-inline Vector<lanes> exp_nonpositive(Vector<lanes> x) {
+inline Vector<lanes> exp_at_most_88(Vector<lanes> x) {
   using V = Vector<lanes>;
   using I = typename VectorOf<lanes>::integer;
   x = x < -87.f ? V{} - 87.f : x;
-  const I n = __builtin_convertvector(x * 1.44269504f - 0.5f, I);  // truncation rounds to nearest for x <= 0
-  const V whole = __builtin_convertvector(n, V);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  constexpr float round = 12582912.f;
+  const V rounded = x * 1.44269504f + round;
+  const V whole = rounded - round;
   const V r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
   V p = V{} + 1.9875691e-4f;
   p = p * r + 1.3981999e-3f;
@@ -22,11 +24,13 @@ inline Vector<lanes> exp_nonpositive(Vector<lanes> x) {
   p = p * r + 4.1665795e-2f;
   p = p * r + 1.6666665e-1f;
   p = p * r + 5.0000001e-1f;
-  p = p * r * r + r + 1.f;
-  const I exponent = (n + 127) << 23;
-  V scale;
-  std::memcpy(&scale, &exponent, sizeof(scale));
-  return p * scale;
+  p = p * (r * r) + (r + 1.f);
+  I bits, exponent;
+  std::memcpy(&bits, &p, sizeof(bits));
+  std::memcpy(&exponent, &rounded, sizeof(exponent));
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
 }
 
 template <int lanes>
@@ -42,8 +46,9 @@ inline Vector<lanes> activate(Activation kind, Vector<lanes> x) {
     case Activation::relu6:
       return x < zero ? zero : (x > zero + 6.f ? zero + 6.f : x);
     case Activation::silu: {
-      const V e = exp_nonpositive<lanes>(x < zero ? x : -x);
-      return x < zero ? x * e / (1.f + e) : x / (1.f + e);
+      // exp(88) is finite, and silu(-88) is zero next to any other value.
+      x = x < zero - 88.f ? zero - 88.f : x;
+      return x / (1.f + exp_at_most_88<lanes>(-x));
     }
   }
   return x;

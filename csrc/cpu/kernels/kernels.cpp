@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include "depthwise.h"
 #include "direct.h"
 #include "fuse.h"
 #include "weight_gradient.h"
@@ -13,6 +14,7 @@ const Kernels kernels = {
     .lanes = kLanes,
     .convolve_direct = convolve_direct,
     .convolve_winograd = convolve_winograd,
+    .convolve_depthwise = convolve_depthwise,
     .winograd_points_size = winograd_points_size,
     .winograd_points = winograd_points,
     .convolve_winograd_rows = convolve_winograd_rows,

@@ -32,7 +32,9 @@ struct Kernels {
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
-  // The same in two steps for several units with one geometry: the transformed source, of winograd_points_size floats
+  // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
+  void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
+  // Winograd's method in two steps for several units with one geometry: the transformed source, of winograd_points_size floats
   // a unit, then ranges of rows.
   int64_t (*winograd_points_size)(const Tile&, int64_t live_count);
   void (*winograd_points)(const Convolution&, const Unit&, const Tile&, float* points, Scratch&);
