@@ -353,7 +353,8 @@ def _run(
     frames: int,
 ) -> Tensor:  # [N, C_out, H', W']
     if policy is None and in_policy is None:
-        return activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
+        output = activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
+        return dense(output, like=input)
     if policy is not None and is_soft(policy):
         output = _run(backend, conv, input, weight, bias, None, in_policy, frames)
         return temporal_fuse(output, policy, frames=frames)

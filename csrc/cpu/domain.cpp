@@ -6,22 +6,29 @@ namespace adakernels {
 
 namespace {
 
-int32_t floor_mod(int64_t a, int64_t b) { return int32_t(((a % b) + b) % b); }
+int64_t floor_mod(int64_t a, int64_t b) { return ((a % b) + b) % b; }
 
 }  // namespace
 
 void lay_out_taps(Convolution& conv) {
+  std::erase_if(conv.taps, [&](const Tap& tap) {
+    const auto misses = [](int64_t offset, int64_t step, int64_t points, int64_t size) {
+      return offset >= size || offset + (points - 1) * step < 0;
+    };
+    return misses(tap.dy, conv.step_y, conv.grid_height, conv.source.height) ||
+           misses(tap.dx, conv.step_x, conv.grid_width, conv.source.width);
+  });
   conv.phases.clear();
   conv.shift_y = conv.shift_x = 0;
   if (conv.taps.empty()) return;
   int64_t first_y = conv.taps[0].dy, first_x = conv.taps[0].dx;
   for (const Tap& tap : conv.taps) {
-    first_y = std::min<int64_t>(first_y, tap.dy);
-    first_x = std::min<int64_t>(first_x, tap.dx);
+    first_y = std::min(first_y, tap.dy);
+    first_x = std::min(first_x, tap.dx);
   }
   for (Tap& tap : conv.taps) {
     const int64_t dy = tap.dy - first_y, dx = tap.dx - first_x;
-    const Phase phase = {int32_t(first_y + floor_mod(dy, conv.step_y)), int32_t(first_x + floor_mod(dx, conv.step_x))};
+    const Phase phase = {first_y + floor_mod(dy, conv.step_y), first_x + floor_mod(dx, conv.step_x)};
     const auto same = [&](const Phase& other) { return other.dy == phase.dy && other.dx == phase.dx; };
     const auto found = std::find_if(conv.phases.begin(), conv.phases.end(), same);
     tap.phase = int32_t(found - conv.phases.begin());
@@ -37,7 +44,7 @@ bool reads_in_place(const Convolution& conv) {
   const Planes& source = conv.source;
   return conv.taps.size() == 1 && conv.taps[0].dy == 0 && conv.taps[0].dx == 0 && conv.grid_height == 1 &&
          conv.grid_width == source.width && conv.step_x == 1 && source.column_stride == 1 &&
-         source.scalar == Scalar::f32 && conv.all_live_here && source.frame_stride <= INT32_MAX;
+         source.scalar == Scalar::f32 && conv.all_live_here && source.extent <= INT32_MAX;
 }
 
 }  // namespace adakernels

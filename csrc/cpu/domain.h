@@ -30,14 +30,14 @@ struct Route {
 // One kernel tap: its offset in the source and in a weight row. By phases: tap (dy, dx) reads, for grid point (y, x),
 // element (y + shift_y, x + shift_x) of the source taken every step pixels from the phase's first one.
 struct Tap {
-  int32_t dy, dx;
+  int64_t dy, dx;
   int32_t weight;
   int32_t phase = 0, shift_y = 0, shift_x = 0;
 };
 
 // The sub-grid of the source that starts at this offset and takes every step-th pixel.
 struct Phase {
-  int32_t dy, dx;
+  int64_t dy, dx;
 };
 
 // What is visited for one frame and one group of channels.
@@ -78,7 +78,7 @@ struct Convolution {
   WinogradWeights winograd;      // null weight: the direct convolution
 };
 
-// Groups the taps by phase.
+// Drops the taps that read nothing but zeros, as those of a large dilation may, and groups the others by phase.
 void lay_out_taps(Convolution& conv);
 
 // Whether the one tap is the grid point itself and planes are one row each, so that nothing needs to be copied.

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include "routes.h"
 #include "schedule.h"
@@ -35,10 +36,22 @@ struct Problem {
   int64_t group_out() const { return out_channels / group_count; }
 };
 
+// Checks what a caller past the public function may get wrong, so that nothing is read out of bounds.
 Problem problem_of(const Tensor& input,   // [N, C_in, H, W]
                    const Tensor& weight,  // [C_out, C_in / groups, kh, kw]
                    int64_t frames, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, int64_t groups) {
+  check_features(input, "gated_conv2d: input");
+  check_features(weight, "gated_conv2d: weight");
+  STD_TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "gated_conv2d: expected one dtype of input and weight");
+  STD_TORCH_CHECK(frames > 0 && input.size(0) % frames == 0, "gated_conv2d: expected frames to divide N");
+  STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1),
+                  "gated_conv2d: expected weight of shape [C_out, C_in/groups, kh, kw]");
+  STD_TORCH_CHECK(weight.numel() <= INT32_MAX, "gated_conv2d: the weight has too many elements");
+  for (size_t d = 0; d < 2; ++d)
+    STD_TORCH_CHECK(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0 &&
+                        input.size(2 + int64_t(d)) + 2 * padding[d] > dilation[d] * (weight.size(2 + int64_t(d)) - 1),
+                    "gated_conv2d: expected a kernel within the padded input");
   return {input.size(0),
           input.size(1),
           weight.size(0),
@@ -177,8 +190,8 @@ Convolution forward_convolution(const Problem& problem,
   conv.all_live_here = true;
   for (int64_t ky = 0; ky < problem.y.size; ++ky)
     for (int64_t kx = 0; kx < problem.x.size; ++kx)
-      conv.taps.push_back({.dy = int32_t(ky * problem.y.dilation - problem.y.padding),
-                           .dx = int32_t(kx * problem.x.dilation - problem.x.padding),
+      conv.taps.push_back({.dy = ky * problem.y.dilation - problem.y.padding,
+                           .dx = kx * problem.x.dilation - problem.x.padding,
                            .weight = int32_t((ky * problem.x.size + kx) * strides.tap)});
   lay_out_taps(conv);
   if (problem.group_count > 1 && problem.group_in() == 1 && can_use_depthwise(conv))
@@ -212,8 +225,8 @@ std::vector<Convolution> input_gradient_convolutions(const Problem& problem,
           const int64_t dy = ry + problem.y.padding - ky * problem.y.dilation;
           const int64_t dx = rx + problem.x.padding - kx * problem.x.dilation;
           if (dy % problem.y.stride == 0 && dx % problem.x.stride == 0)
-            conv.taps.push_back({.dy = int32_t(dy / problem.y.stride),
-                                 .dx = int32_t(dx / problem.x.stride),
+            conv.taps.push_back({.dy = dy / problem.y.stride,
+                                 .dx = dx / problem.x.stride,
                                  .weight = int32_t((ky * problem.x.size + kx) * strides.tap)});
         }
       lay_out_taps(conv);
@@ -237,6 +250,8 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   Tensor output = empty_like_format(input, {N, problem.out_channels, problem.y.output(input.size(2)),
                                             problem.x.output(input.size(3))});
   if (output.numel() == 0) return output;
+  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu), "gated_conv2d: unknown activation");
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == problem.out_channels, "gated_conv2d: expected bias [C_out]");
   const FloatArray weights = floats(weight), biases = floats(bias);
 
   Convolution conv = forward_convolution(problem, input, output, {problem, weights.channels_last()});
@@ -252,6 +267,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
                                            live, problem.group_in(), conv.rows_per_live > 0);
   std::vector<Convolution> convs = {std::move(conv)};
   run(convs, problem, units, problem.out_channels, problem.in_channels, zeros);
+  call_scratch().trim();
   return output;
 }
 
@@ -320,6 +336,7 @@ void add_parameter_gradients(const Problem& problem,
       });
     begin = end;
   }
+  call_scratch().trim();
   if (grad_bias != nullptr)
     for (size_t c = 0; c < bias_sums.size(); ++c) grad_bias[c] = float(bias_sums[c]);
 }
@@ -334,6 +351,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
     int64_t groups, bool want_input, bool want_weight, bool want_bias) {
   const Problem problem = problem_of(input, weight, frames, stride, padding, dilation, groups);
   const int64_t N = problem.frame_count;
+  check_features(grad_output, "gated_conv2d: gradient");
+  STD_TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() && grad_output.size(0) == N &&
+                      grad_output.size(1) == problem.out_channels &&
+                      grad_output.size(2) == problem.y.output(input.size(2)) &&
+                      grad_output.size(3) == problem.x.output(input.size(3)),
+                  "gated_conv2d: expected a gradient of the output's shape and dtype");
   const auto out_policy = policy_values(policy, N, problem.out_channels, "gated_conv2d", "policy");
   const auto live_policy = policy_values(in_policy, N, problem.in_channels, "gated_conv2d", "in_policy");
   const FrameRoutes computed = computed_routes(out_policy, N, problem.out_channels, frames);

@@ -98,6 +98,16 @@ void* Scratch::reserve(int64_t bytes, int arena) {
   return data_[arena];
 }
 
+void Scratch::trim() {
+  constexpr int64_t kKeptBytes = 64 << 20;
+  for (int arena = 0; arena < kArenas; ++arena)
+    if (capacity_[arena] > kKeptBytes) {
+      std::free(data_[arena]);
+      data_[arena] = nullptr;
+      capacity_[arena] = 0;
+    }
+}
+
 const Kernels& best_kernels() {
 #if defined(__x86_64__)
   switch (best_isa()) {
@@ -133,7 +143,7 @@ bool can_use_depthwise(const Convolution& conv) {
     return p.scalar == Scalar::f32 && p.column_stride == 1 && p.row_stride == p.width;
   };
   return gapless(conv.source) && gapless(conv.target) && conv.target_step_y == 1 && conv.target_step_x == 1 &&
-         conv.all_live_here;
+         conv.all_live_here && !conv.taps.empty();
 }
 
 void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
@@ -269,6 +279,7 @@ void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scr
     } catch (...) {
       if (!failed.test_and_set()) failure = std::current_exception();
     }
+    scratch.trim();
   };
   const int64_t threads = work < kParallelWork ? 1 : std::min(count, int64_t(torch::stable::get_num_threads()));
   if (threads == 1)

@@ -14,7 +14,7 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// Whether the taps make an undilated 3x3 kernel at stride 1, and Winograd's method is the faster one.
+// Whether the taps make an undilated 3x3 kernel at stride 1, which Winograd's method takes.
 bool can_use_winograd(const Convolution& convolution);
 
 // Whether the depthwise kernel reads and writes these planes.

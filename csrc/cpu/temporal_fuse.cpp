@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include "routes.h"
 #include "schedule.h"
@@ -22,10 +23,13 @@ using torch::stable::Tensor;
 class MixingWeights {
  public:
   MixingWeights(const Tensor& policy, int64_t frame_count, int64_t channels) : channels_(channels) {
-    if (policy.dim() == 2)
+    if (policy.dim() != 3) {
       values_ = policy_values(policy, frame_count, channels, "temporal_fuse", "policy");
-    else
+    } else {
+      STD_TORCH_CHECK(policy.size(0) == frame_count && policy.size(1) == channels && policy.size(2) == 3,
+                      "temporal_fuse: expected a policy of shape [N, C, 3]");
       soft_ = floats(policy);
+    }
   }
 
   float keep(int64_t frame, int64_t channel) const { return weight(frame, channel, 0); }
@@ -58,9 +62,16 @@ Tensor empty_in_format(const Tensor& tensor) {
   return empty_like_format(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)});
 }
 
+void check_clip(const Tensor& input,  // [N, C, H, W]
+                int64_t frames) {
+  check_features(input, "temporal_fuse: input");
+  STD_TORCH_CHECK(frames > 0 && input.size(0) % frames == 0, "temporal_fuse: expected frames to divide N");
+}
+
 Tensor temporal_fuse(const Tensor& input,   // [N, C, H, W]
                      const Tensor& policy,  // [N, C] | [N, C, 3]
                      int64_t frames) {
+  check_clip(input, frames);
   Tensor output = empty_in_format(input);
   const MixingWeights weights(policy, input.size(0), input.size(1));
   if (output.numel() == 0) return output;
@@ -77,6 +88,11 @@ std::tuple<Tensor, Tensor> temporal_fuse_backward(const Tensor& grad_output,  //
                                                   const Tensor& input,        // [N, C, H, W]
                                                   const Tensor& policy,       // [N, C] | [N, C, 3]
                                                   int64_t frames, bool want_input, bool want_policy) {
+  check_clip(input, frames);
+  check_features(grad_output, "temporal_fuse: gradient");
+  for (int64_t d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(grad_output.size(d) == input.size(d) && grad_output.scalar_type() == input.scalar_type(),
+                    "temporal_fuse: expected a gradient of the input's shape and dtype");
   const Kernels& kernels = best_kernels();
   const MixingWeights weights(policy, input.size(0), input.size(1));
   Tensor grad_input = want_input ? empty_in_format(input) : torch::stable::new_empty(input, {0});

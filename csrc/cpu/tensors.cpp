@@ -51,6 +51,12 @@ FloatArray floats(const std::optional<Tensor>& tensor) {
   return array;
 }
 
+void check_features(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(tensor.dim() == 4 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16), name,
+                  ": expected a float32 or bfloat16 tensor of 4 dimensions");
+}
+
 Planes planes_of(const Tensor& tensor) {
   int64_t extent = tensor.numel() == 0 ? 0 : 1;
   for (int64_t d = 0; d < 4 && extent > 0; ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
@@ -84,7 +90,9 @@ Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes) 
 PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_count, int64_t channels, const char* op,
                            const char* name) {
   if (!policy.has_value()) return nullptr;
-  STD_TORCH_CHECK(policy->is_contiguous(), "expected a contiguous policy");
+  STD_TORCH_CHECK(policy->scalar_type() == ScalarType::Long && policy->dim() == 2 && policy->size(0) == frame_count &&
+                      policy->size(1) == channels && policy->is_contiguous(),
+                  op, ": expected a contiguous int64 ", name, " of shape [N, C]");
   const auto* values = static_cast<const int64_t*>(policy->const_data_ptr());
   // Bits of values other than 0, 1 and 2.
   uint64_t wrong = 0;

@@ -29,6 +29,9 @@ class FloatArray {
 // Null for no tensor. In logical order, or, where the tensor is that, channels-last.
 FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
 
+// Throws unless it is a float32 or bfloat16 tensor of four dimensions.
+void check_features(const torch::stable::Tensor& tensor, const char* name);
+
 // The frames of a float32 or bfloat16 tensor of any strides. [N, C, H, W]
 Planes planes_of(const torch::stable::Tensor& tensor);
 

@@ -88,7 +88,7 @@ inline void depthwise_group(const Convolution& conv, const Tile& tile, const Dep
   const int64_t source_size = (geometry.last_row - geometry.first_row + 1) * conv.source.width;
   const int64_t target_size = (tile.y_end - tile.y_begin) * width;
   if (source_size > kPrefetchedPixels) next = nullptr;
-  gather_lanes(lanes.weights, 0, int64_t(conv.taps.size()),
+  gather_lanes(lanes.weights, 0, conv.weight_row,
                [&](int64_t i, Vector<kLanes> v) { store<kLanes>(weights + i * kLanes, v); });
   const int64_t runs = (width + kRunPixels - 1) / kRunPixels, rows_stored = std::max<int64_t>(1, kStoredPixels / width);
   float* target[kLanes];
@@ -151,7 +151,7 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
   const int64_t rows_at = layout.add<GridRow>(grid_rows), steps_at = layout.add<Step>(grid_rows * tap_count);
   const int64_t ring_size = geometry.ring_rows * geometry.pitch * kLanes;
   const int64_t ring_at = layout.add<float>(ring_size);
-  const int64_t weights_at = layout.add<float>(tap_count * kLanes);
+  const int64_t weights_at = layout.add<float>(conv.weight_row * kLanes);
   const int64_t out_at = layout.add<float>(rows_stored * conv.grid_width * kLanes);
   const int64_t unused_at = layout.add<float>(target.height * target.width);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "activation.h"
 #include "copy.h"
@@ -134,6 +135,7 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
   int64_t live_most = 0;
   for (int64_t u = 0; u < unit_count; ++u) live_most = std::max(live_most, units[u].live_count);
   if (tap_count == 0) live_most = 0;
+  if (live_most * channel > INT32_MAX) throw std::runtime_error("gated_conv2d: the convolution is too large");
   Layout layout;
   const int64_t windows_at = layout.add<Window>(phase_count);
   const int64_t steps_at = layout.add<Step>(live_most * tap_count);

@@ -90,7 +90,7 @@ inline void multiply(const Product& product, int64_t row_count, int64_t count, f
     const int64_t left = count - at;
     TileFunction function;
     int64_t width;
-    if (row_count == 1 && left > kVectors * kLanes) {
+    if (row_count == 1 && left >= kTilePixels) {
       function = gemm_tile<1, kSingleRowVectors, kLanes, prefetch>, width = kTilePixels;
     } else if (left > (kVectors - 1) * kLanes + (kHalfIsCheaper ? half : 0)) {
       function = tile_for<kVectors, kLanes, prefetch>(row_count), width = kVectors * kLanes;

@@ -9,7 +9,6 @@
 namespace adakernels::ADAKERNELS_ISA {
 
 const Kernels kernels = {
-    .row_block = kRows,
     .pixel_block = kVectors * kLanes,
     .lanes = kLanes,
     .convolve_direct = convolve_direct,

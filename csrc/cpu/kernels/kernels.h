@@ -18,6 +18,8 @@ class Scratch {
   ~Scratch();
   // At least `bytes` bytes at a 64-byte boundary; what the same arena held before is lost.
   void* reserve(int64_t bytes, int arena = 0);
+  // Gives large arenas back: a call of unusual size is not paid for by all later ones.
+  void trim();
 
  private:
   static constexpr int kArenas = 2;
@@ -26,8 +28,8 @@ class Scratch {
 };
 
 struct Kernels {
-  // Rows that one register tile takes, and the pixels it spans.
-  int row_block, pixel_block, lanes;
+  // The pixels that a register tile spans, and those of one vector.
+  int pixel_block, lanes;
   // Computes and stores one tile of each of some units of one frame.
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
