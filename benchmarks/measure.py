@@ -49,7 +49,8 @@ class Race:
 
     `runners` are callables without arguments. A sample is the time of `calls` calls in a row divided by
     `calls`, which is 1 unless `sample_time` (seconds) asks for longer samples of runners too short to time.
-    Every round starts with another runner, so none of them always finds the caches its neighbour left.
+    Every lap starts with another runner than the one before, so that none is always first. A round of `run`
+    is a lap of all runners; one of `run_for` is a lap of the others, and then always the subject.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Race:
                 self.lap(self.runners)
 
     def run_for(self, benchmark: Any, subject: str, rounds: int) -> Result:
-        """The same with pytest-benchmark timing `subject`: the others take their turn in each round's setup.
+        """The same with pytest-benchmark timing `subject`, last in every round: the others run in its setup.
 
         Returns what the last timed call of `subject` returned.
         """

@@ -259,7 +259,8 @@ def test_clips() -> None:
         clips.load_clips(5, 8)
 
 
-def test_folded_backbone_is_the_backbone() -> None:
+@pytest.mark.parametrize("memory_format", measure.FORMATS.values(), ids=measure.FORMATS)
+def test_folded_backbone_is_the_backbone(memory_format: torch.memory_format) -> None:
     torch.manual_seed(0)
     model = models.resnet18(num_classes=5)
     for module in model.modules():
@@ -271,7 +272,7 @@ def test_folded_backbone_is_the_backbone() -> None:
     model.eval()
     frames = torch.randn(4, 3, 32, 32)
     with torch.inference_mode():
-        folded = networks.FoldedResNet(model, 2, torch.channels_last)
+        folded = networks.FoldedResNet(model, 2, memory_format)
         expected = model(frames).unflatten(0, (2, 2)).mean(1)
         measure.assert_matches(folded(frames), expected)
 

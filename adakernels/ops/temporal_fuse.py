@@ -132,7 +132,8 @@ def temporal_fuse(
     Args:
         input: [N, C, H, W] features y, N = clips * frames with frame t of clip b in row b * frames + t.
         policy: integer [N, C] of `Policy` values, or floating point [N, C, 3] weights in the order keep,
-            reuse, skip, which get gradients and are converted to the input's dtype.
+            reuse, skip, which get gradients and are converted to the input's dtype. The kernels do not read
+            the features that a weight of exactly 0 belongs to, so non-finite ones do not spread there.
         frames: clip length T.
 
     Returns:
