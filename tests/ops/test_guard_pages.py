@@ -1,4 +1,4 @@
-"""Kernels read nothing past the end of a tensor: where a page ends there that may not be touched, they run all the same.
+"""Kernels read nothing past the end of a tensor, not even where what follows may not be touched.
 
 Run as a script, this file makes the calls, in a process of their own since a stray read ends it.
 """

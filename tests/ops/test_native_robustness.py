@@ -46,9 +46,7 @@ def convolve(case: tuple[int, ...]) -> list[Tensor]:
     policy = torch.randint(0, 3, (frames, out_channels), generator=random)
     in_policy = torch.randint(0, 3, (frames, channels), generator=random)
     conv = {"stride": stride, "padding": kernel // 2, "groups": groups}
-    # A choice of backend holds for its own thread only.
-    with ak.use_backend("cpu"):
-        output = ak.gated_conv2d(*leaves, policy, frames=frames, in_policy=in_policy, **conv)
+    output = ak.gated_conv2d(*leaves, policy, frames=frames, in_policy=in_policy, **conv)
     grad = torch.randn(output.shape, generator=random)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
