@@ -279,13 +279,15 @@ Tensor input_gradient(const Problem& problem,
   Tensor grad_input = empty_like_format(input, {input.size(0), input.size(1), input.size(2), input.size(3)});
   if (grad_input.numel() == 0) return grad_input;
   const FloatArray weights = floats(weight);
-  std::vector<Convolution> convs = input_gradient_convolutions(problem, grad_output, grad_input, {problem, weights.channels_last()});
+  const WeightStrides strides(problem, weights.channels_last());
+  std::vector<Convolution> convs = input_gradient_convolutions(problem, grad_output, grad_input, strides);
   for (Convolution& conv : convs) {
     conv.weight = weights.data();
     conv.weight_extent = weight.numel();
   }
   // The lists change roles: live input channels are computed from the computed output channels.
-  const std::vector<Unit> units = units_of(problem, {problem, weights.channels_last()}, live, problem.group_in(), computed, problem.group_out());
+  const std::vector<Unit> units =
+      units_of(problem, strides, live, problem.group_in(), computed, problem.group_out());
   run(convs, problem, units, problem.in_channels, problem.out_channels, dead);
   return grad_input;
 }
@@ -300,7 +302,8 @@ void add_parameter_gradients(const Problem& problem,
   const Kernels& kernels = best_kernels();
   const Convolution conv = forward_convolution(problem, input, grad_output, {problem, false});
   const Planes gradient = conv.target;
-  const std::vector<Unit> units = units_of(problem, {problem, false}, computed, problem.group_out(), live, problem.group_in());
+  const std::vector<Unit> units =
+      units_of(problem, {problem, false}, computed, problem.group_out(), live, problem.group_in());
   const int64_t points = kernels.gradient_points(conv), stride = points + kernels.lanes;
   const int64_t taps = problem.taps();
   const int64_t live_per_task = std::max<int64_t>(1, 2 * kernels.pixel_block / taps);
@@ -329,11 +332,12 @@ void add_parameter_gradients(const Problem& problem,
         for (int64_t i = 0; i < points; ++i) bias_sums[size_t(row.channel)] += double(gradients[r * stride + i]);
     });
     if (grad_weight != nullptr)
-      run_tasks(int64_t(parts.size()), double(row_count * points * taps) * double(live_per_task), [&](int64_t i, Scratch& scratch) {
-        const Part& part = parts[size_t(i)];
-        kernels.add_weight_gradient(conv, *part.unit, gradients + part.first_row * stride, part.live_begin,
-                                    part.live_end, grad_weight, scratch);
-      });
+      run_tasks(int64_t(parts.size()), double(row_count * points * taps) * double(live_per_task),
+                [&](int64_t i, Scratch& scratch) {
+                  const Part& part = parts[size_t(i)];
+                  kernels.add_weight_gradient(conv, *part.unit, gradients + part.first_row * stride, part.live_begin,
+                                              part.live_end, grad_weight, scratch);
+                });
     begin = end;
   }
   call_scratch().trim();

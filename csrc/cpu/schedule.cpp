@@ -230,7 +230,9 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
     // Small units of a frame go together: their geometry is the same.
     size_t end = u + 1;
     int64_t row_count = unit.row_count;
-    for (; row_count <= kSmallUnitRows && end < units.size() && units[end].frame == unit.frame && end - u < kUnitsPerTask; ++end)
+    for (; row_count <= kSmallUnitRows && end < units.size() && units[end].frame == unit.frame &&
+           end - u < kUnitsPerTask;
+         ++end)
       row_count = std::max(row_count, units[end].row_count);
     const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * y_parts * x_parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(row_count, kRowsPerTask), 1, wanted);

@@ -44,7 +44,8 @@ inline void copy_run(float* row, const T* from, int64_t count, int64_t hop, cons
       for (; i < count && from + i + kLanes <= limit; i += kLanes) store<kLanes>(row + i, load<kLanes>(from + i));
     } else if (hop == 2) {
       for (; i < count && from + 2 * (i + kLanes) <= limit; i += kLanes)
-        store<kLanes>(row + i, every_second<kLanes, 0>(load<kLanes>(from + 2 * i), load<kLanes>(from + 2 * i + kLanes)));
+        store<kLanes>(row + i, every_second<kLanes, 0>(load<kLanes>(from + 2 * i),
+                                                       load<kLanes>(from + 2 * i + kLanes)));
     }
   }
   if (hop == 1)

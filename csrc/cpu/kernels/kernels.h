@@ -36,8 +36,8 @@ struct Kernels {
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
   // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
   void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
-  // Winograd's method in two steps for several units with one geometry: the transformed source, of winograd_points_size floats
-  // a unit, then ranges of rows.
+  // Winograd's method in two steps for several units with one geometry: the transformed source, of
+  // winograd_points_size floats a unit, then ranges of rows.
   int64_t (*winograd_points_size)(const Tile&, int64_t live_count);
   void (*winograd_points)(const Convolution&, const Unit&, const Tile&, float* points, Scratch&);
   void (*convolve_winograd_rows)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, const float* points,
@@ -51,7 +51,8 @@ struct Kernels {
   int64_t (*gradient_points)(const Convolution&);
   // Copies one row's gradient plane to `points`: [gradient_points + lanes].
   void (*copy_gradient)(const Convolution&, const Planes& gradient, int64_t frame, const Route& row, float* points);
-  // Adds a unit's part to the weight gradient, for some of its live channels. gradients: [rows][gradient_points + lanes]
+  // Adds a unit's part to the weight gradient, for some of its live channels.
+  // gradients: [rows][gradient_points + lanes]
   void (*add_weight_gradient)(const Convolution&, const Unit&, const float* gradients, int64_t live_begin,
                               int64_t live_end, float* grad_weight, Scratch&);
   // Plane of `frame` in target = here * source[frame] + other * source[other_frame]; zero factors read nothing.
