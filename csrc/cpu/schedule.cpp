@@ -134,8 +134,13 @@ void flatten_grid(Convolution& conv) {
 }
 
 bool can_use_winograd(const Convolution& conv) {
-  return conv.taps.size() == 9 && conv.step_y == 1 && conv.step_x == 1 && conv.shift_y == 2 && conv.shift_x == 2 &&
-         conv.target_step_y == 1 && conv.target_step_x == 1;
+  if (conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 || conv.shift_y != 2 || conv.shift_x != 2 ||
+      conv.target_step_y != 1 || conv.target_step_x != 1)
+    return false;
+  // Nine taps may also be what is left of a larger kernel; then they do not lie the same distance apart.
+  for (size_t i = 0; i < 9; ++i)
+    if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return false;
+  return true;
 }
 
 bool can_use_depthwise(const Convolution& conv) {

@@ -104,6 +104,25 @@ def test_gradient_of_a_huge_dilation() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [3, 4, 5, 7])
+def test_kernel_larger_than_the_map(kernel: int, memory_format: torch.memory_format) -> None:
+    # What is left of these kernels on a 2x2 map are nine taps too, but not those of a 3x3 kernel.
+    torch.manual_seed(0)
+    input = torch.randn(4, 6, 2, 2, requires_grad=True)
+    weight = torch.randn(5, 6, kernel, kernel).contiguous(memory_format=memory_format).requires_grad_()
+    keep = torch.zeros(4, 5, dtype=torch.int64)
+    got = ak.gated_conv2d(input, weight, None, keep, frames=4, padding=kernel // 2)
+    want = F.conv2d(input, weight, padding=kernel // 2)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), (input, weight)),
+        torch.autograd.grad(want.sum(), (input, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["none", "integer", "float"])
 def test_input_decides_the_memory_format(kind: str) -> None:
     input = torch.randn(2, 8, 16, 16)
