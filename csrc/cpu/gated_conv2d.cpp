@@ -1,8 +1,6 @@
 // gated_conv2d for the CPU: turns the policies into a domain and hands it to the convolution core.
 #include <algorithm>
-#include <array>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -21,7 +19,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-struct Window {
+// A kernel's extent along one dimension.
+struct KernelAxis {
   int64_t size, stride, padding, dilation;
   int64_t output(int64_t input) const { return (input + 2 * padding - dilation * (size - 1) - 1) / stride + 1; }
 };
@@ -29,7 +28,7 @@ struct Window {
 // Sizes of one call.
 struct Problem {
   int64_t frame_count, in_channels, out_channels, group_count, frames;
-  Window y, x;
+  KernelAxis y, x;
 
   int64_t taps() const { return y.size * x.size; }
   int64_t group_in() const { return in_channels / group_count; }

@@ -44,20 +44,16 @@ inline void store_quads(float* const* planes, int64_t at, Vector<4> v) { store<4
 
 // Transposes every 4x4 block of four vectors.
 inline void transpose_quads(Vector<kLanes>* v) {
-  typename VectorOf<kLanes>::integer low, high, first, second;
-  for (int i = 0; i < kLanes; i += 4)
-    for (int j = 0; j < 4; ++j) {
-      low[i + j] = i + j / 2 + j % 2 * kLanes;
-      high[i + j] = low[i + j] + 2;
-      first[i + j] = i + j % 2 + j / 2 * kLanes;
-      second[i + j] = first[i + j] + 2;
-    }
-  const auto a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[2], v[3], low);
-  const auto c = __builtin_shuffle(v[0], v[1], high), d = __builtin_shuffle(v[2], v[3], high);
-  v[0] = __builtin_shuffle(a, b, first);
-  v[1] = __builtin_shuffle(a, b, second);
-  v[2] = __builtin_shuffle(c, d, first);
-  v[3] = __builtin_shuffle(c, d, second);
+  constexpr auto low = indices<kLanes>([](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes; });
+  constexpr auto high = indices<kLanes>([](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes + 2; });
+  constexpr auto first = indices<kLanes>([](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes; });
+  constexpr auto second = indices<kLanes>([](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes + 2; });
+  const auto a = shuffle<kLanes>(v[0], v[1], low), b = shuffle<kLanes>(v[2], v[3], low);
+  const auto c = shuffle<kLanes>(v[0], v[1], high), d = shuffle<kLanes>(v[2], v[3], high);
+  v[0] = shuffle<kLanes>(a, b, first);
+  v[1] = shuffle<kLanes>(a, b, second);
+  v[2] = shuffle<kLanes>(c, d, first);
+  v[3] = shuffle<kLanes>(c, d, second);
 }
 
 // Calls use(i, vector) with value i of every plane for i in [begin, end), and perhaps again for up to three values
