@@ -47,4 +47,14 @@ bool reads_in_place(const Convolution& conv) {
          source.scalar == Scalar::f32 && conv.all_live_here && source.extent <= INT32_MAX;
 }
 
+bool gathers_points(const Convolution& conv, const Unit& unit) {
+  constexpr int64_t kShortRow = 16, kMostPoints = 256, kFewestRows = 16;
+  return conv.taps.size() > 1 && conv.grid_width < kShortRow && conv.grid_height * conv.grid_width <= kMostPoints &&
+         unit.row_count >= kFewestRows;
+}
+
+bool is_gapless(const Unit& unit) {
+  return unit.live_count > 0 && unit.live[unit.live_count - 1].channel - unit.live[0].channel + 1 == unit.live_count;
+}
+
 }  // namespace adakernels

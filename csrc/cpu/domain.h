@@ -84,6 +84,13 @@ void lay_out_taps(Convolution& conv);
 // Whether the one tap is the grid point itself and planes are one row each, so that nothing needs to be copied.
 bool reads_in_place(const Convolution& conv);
 
+// Whether the rows of the map are so short that points are better gathered one after the other for every tap, which
+// takes as many rows of weights to pay.
+bool gathers_points(const Convolution& conv, const Unit& unit);
+
+// Whether a unit's live channels are neighbours.
+bool is_gapless(const Unit& unit);
+
 // Part of a unit: a rectangle of the grid and a range of the unit's rows.
 struct Tile {
   int64_t y_begin, y_end, x_begin, x_end;

@@ -147,13 +147,8 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   std::vector<Task> tasks;
   for (Convolution& conv : convs) {
     if (conv.rows_per_live == 0) flatten_grid(conv);
-    if (problem.group_count == 1 && can_use_winograd(conv)) {
-      if (shares_weights(conv, units, kernels)) {
-        convolve_sharing_weights(conv, units, row_count, channel_count, kernels, call_scratch());
-        continue;
-      }
+    if (problem.group_count == 1 && can_use_winograd(conv))
       transform_weights(conv, units, row_count, channel_count, kernels, call_scratch());
-    }
     add_tasks(tasks, conv, units, kernels);
   }
   const int64_t count = int64_t(tasks.size());

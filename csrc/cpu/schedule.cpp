@@ -14,13 +14,13 @@ namespace adakernels {
 
 namespace {
 
-// Transformed blocks of a tile: most of a second-level cache of 512 KiB, of which they are read in order.
-constexpr int64_t kPointBytes = 400 * 1024;
+// Transformed blocks of a tile. They need not all stay close: the points of one sum are used up for all rows before
+// those of the next are read, and splitting a map leaves vectors half empty.
+constexpr int64_t kPointBytes = 2 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
-// As many units as share the cost of transforming kernels, and as many rows as their caches hold kernels of.
-constexpr size_t kUnitsSharingWeights = 16;
-constexpr int64_t kRowsSharingWeights = 32;
+// Smaller maps leave vectors of 2x2 blocks half empty, and transforming their kernels costs more than it saves.
+constexpr int64_t kWinogradPoints = 100;
 constexpr size_t kUnitsPerTask = 64;
 // A depthwise task lays its geometry out once for all of its planes.
 constexpr int64_t kGroupsPerTask = 4, kGridRowsPerTask = 4;
@@ -40,11 +40,13 @@ bool is_flat(const Convolution& conv) {
          gapless(conv.target);
 }
 
-void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units) {
+void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
+                        const Kernels& kernels) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
   for (const Unit& unit : units) {
-    const int64_t row_bytes = 16 * 4 * std::max<int64_t>(1, unit.live_count) * block_columns;
+    const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, Tile{0, 1, 0, block_columns, 0, 0},
+                                                               std::max<int64_t>(1, unit.live_count));
     const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
     const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);
@@ -134,8 +136,10 @@ void flatten_grid(Convolution& conv) {
 }
 
 bool can_use_winograd(const Convolution& conv) {
-  if (conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 || conv.shift_y != 2 || conv.shift_x != 2 ||
-      conv.target_step_y != 1 || conv.target_step_x != 1)
+  if (conv.grid_height * conv.grid_width < kWinogradPoints) return false;
+  const int64_t step = conv.step_y;
+  if (conv.taps.size() != 9 || conv.step_x != step || (step != 1 && step != 2) || conv.shift_y != 2 / step ||
+      conv.shift_x != 2 / step || conv.target_step_y != 1 || conv.target_step_x != 1)
     return false;
   // Nine taps may also be what is left of a larger kernel; then they do not lie the same distance apart.
   for (size_t i = 0; i < 9; ++i)
@@ -171,42 +175,13 @@ void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t r
   conv.winograd = {transformed, row_stride, point_stride};
 }
 
-bool shares_weights(const Convolution& conv, std::span<const Unit> units, const Kernels& kernels) {
-  const int64_t blocks = ceil_div(conv.grid_height, 2) * ceil_div(conv.grid_width, 2);
-  return units.size() > 1 && blocks <= kernels.pixel_block / 2;
-}
-
-void convolve_sharing_weights(const Convolution& conv, std::span<const Unit> units, int64_t row_count,
-                              int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
-  const int64_t blocks_y = ceil_div(conv.grid_height, 2), blocks_x = ceil_div(conv.grid_width, 2);
-  const Tile tile = {0, blocks_y, 0, blocks_x, 0, row_count};
-  for (size_t first = 0; first < units.size(); first += kUnitsSharingWeights) {
-    const auto batch = units.subspan(first, std::min(kUnitsSharingWeights, units.size() - first));
-    std::vector<int64_t> at = {0};
-    double work = 0;
-    for (const Unit& unit : batch) {
-      at.push_back(at.back() + kernels.winograd_points_size(tile, unit.live_count));
-      work += double(unit.row_count * unit.live_count * blocks_y * blocks_x) * 16;
-    }
-    float* points = static_cast<float*>(scratch.reserve(at.back() * 4));
-    run_tasks(int64_t(batch.size()), work, [&](int64_t u, Scratch& own) {
-      kernels.winograd_points(conv, batch[size_t(u)], tile, points + at[size_t(u)], own);
-    });
-    run_tasks(ceil_div(row_count, kRowsSharingWeights), work, [&](int64_t part, Scratch& own) {
-      const int64_t begin = part * kRowsSharingWeights;
-      kernels.convolve_winograd_rows(conv, batch.data(), int64_t(batch.size()), tile, points, begin,
-                                     std::min(begin + kRowsSharingWeights, row_count), channel_count, own);
-    });
-  }
-}
-
 void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                const Kernels& kernels) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
   if (height == 0 || width == 0) return;
   if (conv.winograd.weight != nullptr) {
-    add_winograd_tasks(tasks, conv, units);
+    add_winograd_tasks(tasks, conv, units, kernels);
     return;
   }
   if (conv.rows_per_live > 0) {
@@ -215,11 +190,13 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
   }
   for (size_t u = 0; u < units.size();) {
     const Unit& unit = units[u];
-    // Whole rows where they fit, else parts of one row.
+    // Whole maps where their points are gathered, whole rows where they fit, else parts of one row.
     const int64_t pixel_bytes = 4 * std::max<int64_t>(1, unit.live_count * int64_t(conv.phases.size()));
     const int64_t row_bytes = pixel_bytes * (width + conv.shift_x);
     int64_t y_parts = 1, x_block = width;
-    if (reads_in_place(conv)) {
+    if (gathers_points(conv, unit)) {
+      // The reduction is split, not the map.
+    } else if (reads_in_place(conv)) {
       // One long row is read block by block, by one thread as far as that leaves enough tasks.
       const int64_t parts = ceil_div(kTasksPerThread * threads, int64_t(units.size()));
       x_block = ceil_div(ceil_div(width, parts), block) * block;

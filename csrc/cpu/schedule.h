@@ -14,7 +14,8 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// Whether the taps make an undilated 3x3 kernel at stride 1, which Winograd's method takes.
+// Whether the taps make an undilated 3x3 kernel at stride 1 or 2, which Winograd's method takes, and maps are large
+// enough for its blocks to fill vectors.
 bool can_use_winograd(const Convolution& convolution);
 
 // Whether the depthwise kernel reads and writes these planes.
@@ -23,13 +24,6 @@ bool can_use_depthwise(const Convolution& convolution);
 // Transforms the 3x3 kernels of the rows that units name into `scratch`, and has `convolution` use them.
 void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
                        const Kernels& kernels, Scratch& scratch);
-
-// Whether maps are so small that the transformed kernels are better read once for several units.
-bool shares_weights(const Convolution& convolution, std::span<const Unit> units, const Kernels& kernels);
-
-// Winograd's method for such units.
-void convolve_sharing_weights(const Convolution& convolution, std::span<const Unit> units, int64_t row_count,
-                              int64_t channel_count, const Kernels& kernels, Scratch& scratch);
 
 struct Task {
   const Convolution* convolution;

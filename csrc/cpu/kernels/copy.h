@@ -35,6 +35,26 @@ inline Vector<lanes> every_second(Vector<lanes> low, Vector<lanes> high) {
   return shuffle<lanes>(low, high, positions);
 }
 
+// Element i * n + p of n vectors in a row becomes element i of vector p.
+template <int n, int lanes>
+inline void deinterleave(Vector<lanes>* v) {
+  if constexpr (n > 1) {
+    Vector<lanes> even[n / 2], odd[n / 2];
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) {
+      even[i] = every_second<lanes, 0>(v[2 * i], v[2 * i + 1]);
+      odd[i] = every_second<lanes, 1>(v[2 * i], v[2 * i + 1]);
+    }
+    deinterleave<n / 2, lanes>(even);
+    deinterleave<n / 2, lanes>(odd);
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
 // row[i] (+)= from[i * hop] for i < count. May write up to a vector past the end, and reads nothing past `limit`.
 template <typename T, bool add>
 inline void copy_run(float* row, const T* from, int64_t count, int64_t hop, const T* limit) {
@@ -92,6 +112,28 @@ inline void copy_route(float* plane, int64_t pitch, const Planes& planes, int64_
     copy_typed<float>(plane, pitch, planes, frame, route, window);
   else
     copy_typed<uint16_t>(plane, pitch, planes, frame, route, window);
+}
+
+// to[i] = from[i] for i < count, by vectors: up to one less than a vector past the end is read and written.
+inline void copy_whole(float* to, const float* from, int64_t count) {
+  constexpr int half = kLanes > 4 ? kLanes / 2 : kLanes;
+  if (count <= half) {
+    store<half>(to, load<half>(from));
+  } else {
+    for (int64_t i = 0; i < count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
+  }
+}
+
+// Fetches what copying a route's channel to a window is going to read.
+inline void prefetch_window(const Planes& planes, int64_t frame, const Route& route, const Window& window) {
+  const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
+  const int64_t begin = std::max<int64_t>(0, window.y);
+  const int64_t end = std::min(planes.height, window.y + (window.height - 1) * window.step_y + 1);
+  if (planes.column_stride != 1) return;
+  const char* plane = static_cast<const char*>(planes.data) +
+                      ((frame + !route.here) * planes.frame_stride + route.channel * planes.channel_stride) * size;
+  for (int64_t at = begin * planes.row_stride * size; at < end * planes.row_stride * size; at += 64)
+    __builtin_prefetch(plane + at);
 }
 
 // Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...

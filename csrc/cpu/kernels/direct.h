@@ -107,12 +107,90 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   multiply_and_store<false>(conv, unit, tile, copy, steps, unit.live_count, rest, segment);
 }
 
+// Few grid points: each tap's are gathered, so that vectors are full and nothing is computed only to be dropped.
+// Live channels are taken a few at a time, whose gathered points the second-level cache holds for all rows.
+inline void convolve_gathered(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
+  const int64_t grid_height = tile.y_end - tile.y_begin, grid_width = tile.x_end - tile.x_begin;
+  const int64_t point_count = grid_height * grid_width, tap_count = int64_t(conv.taps.size());
+  const int64_t phase_count = int64_t(conv.phases.size());
+  const int64_t width = grid_width + conv.shift_x, height = grid_height + conv.shift_y, plane = width * height;
+  const bool in_order = conv.weight_channel == tap_count && conv.taps[1].weight == 1;
+  const int64_t rest = point_count % kLanes;
+  const int64_t tail = in_order && is_gapless(unit) && point_count > rest && rest <= kMostDots ? rest : 0;
+  const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes;
+  const int64_t fitting = kSourceBytes / 4 / (tap_count * pitch);
+  const int64_t chunk = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, unit.live_count));
+  const int64_t row_end = std::min(tile.row_end, unit.row_count), row_room = pitch + kTilePixels;
+  Layout layout;
+  const int64_t windows_at = layout.add<Window>(phase_count);
+  const int64_t segments_at = layout.add<Segment>(grid_height);
+  const int64_t steps_at = layout.add<Step>(chunk * tap_count);
+  const int64_t patch_at = layout.add<float>(phase_count * plane + 2 * kTilePixels);
+  const int64_t points_at = layout.add<float>(chunk * tap_count * pitch + kTilePixels);
+  const int64_t tails_at = layout.add<float>(tail * chunk * tap_count);
+  const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * row_room);
+  char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+  Window* windows = reinterpret_cast<Window*>(memory + windows_at);
+  Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
+  Step* steps = reinterpret_cast<Step*>(memory + steps_at);
+  float* patch = reinterpret_cast<float*>(memory + patch_at);
+  float* points = reinterpret_cast<float*>(memory + points_at);
+  float* tails = reinterpret_cast<float*>(memory + tails_at);
+  float* out = reinterpret_cast<float*>(memory + out_at);
+  for (int64_t p = 0; p < phase_count; ++p)
+    windows[p] = window_of(conv.source, tile.y_begin * conv.step_y + conv.phases[size_t(p)].dy,
+                           tile.x_begin * conv.step_x + conv.phases[size_t(p)].dx, height, width, conv.step_y,
+                           conv.step_x);
+  for (int64_t y = 0; y < grid_height; ++y)
+    segments[y] = {y * grid_width, target_offset(conv, tile.y_begin + y, tile.x_begin), grid_width};
+  std::fill_n(patch, phase_count * plane + 2 * kTilePixels, 0.f);
+
+  for (int64_t begin = 0; begin == 0 || begin < unit.live_count; begin += chunk) {
+    const int64_t live_count = std::min(chunk, unit.live_count - begin), step_count = live_count * tap_count;
+    const Route* live = unit.live + begin;
+    for (int64_t i = 0; i < live_count; ++i) {
+      copy_phases(patch, plane, width, conv.source, unit.frame, live[i], windows, phase_count);
+      if (begin + i + 1 < unit.live_count) prefetch_window(conv.source, unit.frame, live[i + 1], windows[0]);
+      const int64_t weight = (live[i].channel - unit.live[0].channel) * conv.weight_channel;
+      for (int64_t t = 0; t < tap_count; ++t) {
+        const Tap& tap = conv.taps[size_t(t)];
+        const int64_t k = i * tap_count + t;
+        const float* from = patch + tap.phase * plane + tap.shift_y * width + tap.shift_x;
+        steps[k] = {int32_t(weight + tap.weight), int32_t(k * pitch)};
+        // In order, because each row is copied by whole vectors, into the next one or the next step.
+        float* to = points + k * pitch;
+        for (int64_t y = 0; y < grid_height; ++y)
+          copy_whole(to + y * grid_width, from + y * width, grid_width);
+        for (int64_t p = 0; p < tail; ++p)
+          tails[p * step_count + k] = from[(whole + p) / grid_width * width + (whole + p) % grid_width];
+      }
+    }
+    for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
+      const RowGroup group(conv, unit, first, count);
+      const float* start = begin == 0 ? group.start : nullptr;
+      float* to = out + (first - tile.row_begin) * row_room;
+      multiply<false, false>({group.rows, steps, step_count, points, start}, count, whole, to, row_room,
+                             [](int64_t, int64_t) {});
+      if (tail > 0) dot({group.rows, steps, step_count, tails, start}, count, tail, to + whole, row_room);
+    });
+  }
+  const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  for (int64_t r = tile.row_begin; r < row_end; ++r, out += row_room) {
+    activate(conv.activation, out, point_count);
+    store_route(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
+  }
+}
+
 // The units differ in their channels only, so what the geometry asks for is worked out once for all of them.
 void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
                      Scratch& scratch) {
   const int64_t grid_height = tile.y_end - tile.y_begin, grid_width = tile.x_end - tile.x_begin;
   if (reads_in_place(conv)) {
     for (int64_t u = 0; u < unit_count; ++u) convolve_in_place(conv, units[u], tile, scratch);
+    return;
+  }
+  if (gathers_points(conv, units[0])) {
+    convolve_gathered(conv, units[0], tile, scratch);
     return;
   }
 

@@ -13,16 +13,26 @@ struct Step {
   int32_t weight, source;
 };
 
-// The two factors of a product: rows[r][steps[k].weight] and source[steps[k].source + p].
+// An offset of all steps.
+struct Term {
+  int64_t weight, source;
+};
+
+constexpr Term kPlainTerm = {0, 0};
+
+// The two factors of a product: rows[r][steps[k].weight] and source[steps[k].source + p], by all terms.
 struct Product {
   const float* const* rows;
   const Step* steps;
   int64_t step_count;
   const float* source;
-  const float* start;  // what row r is added to
+  const float* start;  // what row r is added to; null: what `out` holds
+  const Term* terms = &kPlainTerm;
+  int64_t term_count = 1;
 };
 
-// out[r][p] = start[r] + sum_k rows[r][steps[k].weight] * source[steps[k].source + p]
+// out[r][p] = start[r] + sum_t sum_k rows[r][terms[t].weight + steps[k].weight]
+//                                    * source[terms[t].source + steps[k].source + p]
 // for r < row_count and p < vectors * lanes. Rows are pointers, so an arbitrary list of channels costs nothing.
 // With `prefetch` the pixels of the next tile are fetched, for sources that no copy has brought close.
 template <int row_count, int vectors, int lanes, bool prefetch>
@@ -34,23 +44,26 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   for (int r = 0; r < row_count; ++r) {
     row[r] = product.rows[r];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) sum[r][v] = broadcast<lanes>(product.start[r]);
+    for (int v = 0; v < vectors; ++v)
+      sum[r][v] = product.start ? broadcast<lanes>(product.start[r]) : load<lanes>(out + r * out_stride + v * lanes);
   }
-  const float* source = product.source;
-  for (const Step *step = product.steps, *end = step + product.step_count; step != end; ++step) {
-    const int64_t at = step->weight;
-    const float* pixels = source + step->source;
-    V b[vectors];
+  for (const Term *term = product.terms, *terms_end = term + product.term_count; term != terms_end; ++term) {
+    const float* source = product.source + term->source;
+    for (const Step *step = product.steps, *end = step + product.step_count; step != end; ++step) {
+      const int64_t at = term->weight + step->weight;
+      const float* pixels = source + step->source;
+      V b[vectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) {
-      b[v] = load<lanes>(pixels + v * lanes);
-      if constexpr (prefetch) __builtin_prefetch(pixels + (vectors + v) * lanes, 0, 2);
-    }
+      for (int v = 0; v < vectors; ++v) {
+        b[v] = load<lanes>(pixels + v * lanes);
+        if constexpr (prefetch) __builtin_prefetch(pixels + (vectors + v) * lanes, 0, 2);
+      }
 #pragma GCC unroll 16
-    for (int r = 0; r < row_count; ++r) {
-      const V a = broadcast<lanes>(row[r][at]);
+      for (int r = 0; r < row_count; ++r) {
+        const V a = broadcast<lanes>(row[r][at]);
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) sum[r][v] += a * b[v];
+        for (int v = 0; v < vectors; ++v) sum[r][v] += a * b[v];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -58,6 +71,60 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) store<lanes>(out + r * out_stride + v * lanes, sum[r][v]);
 }
+
+// The sum of a vector's lanes.
+inline float sum_lanes(Vector<kLanes> v) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    typename VectorOf<kLanes>::integer index;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) index[i] = i ^ distance;
+    v += __builtin_shuffle(v, index);
+  }
+  return v[0];
+}
+
+// The same for pixels that follow one another by whole reductions, source[p * step_count + k], and for weights that lie
+// side by side from the first step's on: vectors run over the reduction, so a few pixels don't leave vectors empty.
+template <int row_count>
+void dot_tile(const Product& product, int64_t count, float* out, int64_t out_stride) {
+  const int64_t step_count = product.step_count, whole = step_count / kLanes * kLanes;
+  for (int64_t p = 0; p < count; ++p) {
+    Vector<kLanes> sum[row_count] = {};
+    float rest[row_count] = {};
+    for (int64_t t = 0; t < product.term_count; ++t) {
+      const int64_t at = product.terms[t].weight + product.steps[0].weight;
+      const float* pixel = product.source + product.terms[t].source + p * step_count;
+      for (int64_t k = 0; k < whole; k += kLanes) {
+        const Vector<kLanes> b = load<kLanes>(pixel + k);
+#pragma GCC unroll 16
+        for (int r = 0; r < row_count; ++r) sum[r] += load<kLanes>(product.rows[r] + at + k) * b;
+      }
+      for (int64_t k = whole; k < step_count; ++k)
+        for (int r = 0; r < row_count; ++r) rest[r] += product.rows[r][at + k] * pixel[k];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < row_count; ++r) {
+      float& to = out[r * out_stride + p];
+      to = (product.start ? product.start[r] : to) + sum_lanes(sum[r]) + rest[r];
+    }
+  }
+}
+
+template <int... rows>
+inline void pick_dot(const Product& product, int64_t row_count, int64_t count, float* out, int64_t out_stride,
+                     std::integer_sequence<int, rows...>) {
+  constexpr void (*functions[])(const Product&, int64_t, float*, int64_t) = {dot_tile<rows + 1>...};
+  functions[row_count - 1](product, count, out, out_stride);
+}
+
+// Of up to kRows rows.
+inline void dot(const Product& product, int64_t row_count, int64_t count, float* out, int64_t out_stride) {
+  pick_dot(product, row_count, count, out, out_stride, std::make_integer_sequence<int, kRows>());
+}
+
+// Of at least as many pixels half a vector costs less than vectors over the reduction.
+constexpr int kMostDots = kLanes / 4;
 
 using TileFunction = void (*)(const Product&, float*, int64_t);
 

@@ -36,12 +36,8 @@ struct Kernels {
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
   // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
   void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
-  // Winograd's method in two steps for several units with one geometry: the transformed source, of
-  // winograd_points_size floats a unit, then ranges of rows.
-  int64_t (*winograd_points_size)(const Tile&, int64_t live_count);
-  void (*winograd_points)(const Convolution&, const Unit&, const Tile&, float* points, Scratch&);
-  void (*convolve_winograd_rows)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, const float* points,
-                                 int64_t row_begin, int64_t row_end, int64_t channel_count, Scratch&);
+  // Floats that the transformed source of a tile takes.
+  int64_t (*winograd_points_size)(const Convolution&, const Tile&, int64_t live_count);
   // Distance of two points of a transformed kernel.
   int64_t (*winograd_point_stride)(int64_t channel_count);
   // The transformed kernels of one row of weights for all `channel_count` channels.

@@ -1,7 +1,8 @@
-// Winograd convolution F(2x2, 3x3): 16 multiplications for the 36 of a 2x2 block of outputs (Lavin and Gray,
-// "Fast Algorithms for Convolutional Neural Networks", 2016). Rows and live channels are lists, as everywhere.
+// Winograd convolution of 3x3 kernels, by 2x2 blocks of outputs (Lavin and Gray, "Fast Algorithms for Convolutional
+// Neural Networks", 2016). Rows and live channels are lists, as everywhere.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "direct.h"
@@ -10,7 +11,74 @@
 namespace adakernels {
 namespace {
 
-constexpr int kPoints = 16;  // of a transformed 4x4 block
+// What Winograd's method does along one dimension to make two neighbouring outputs: `size` pixels of the source, of
+// which the next block's start `step` pixels on, are transformed to as many points. Point i is multiplied by point
+// kernel[i] of the transformed kernel and added to sum[i], and the sums give the outputs.
+
+// F(2, 3): 4 multiplications for 6.
+struct UnitStride {
+  static constexpr int step = 2, size = 4, sums = 4;
+  static constexpr int kernel[size] = {0, 1, 2, 3}, sum[size] = {0, 1, 2, 3};
+
+  template <typename V>
+  static void transform_kernel(V a, V b, V c, V* g) {
+    g[0] = a;
+    g[1] = 0.5f * (a + b + c);
+    g[2] = 0.5f * (a - b + c);
+    g[3] = c;
+  }
+  template <typename V>
+  static void transform_source(const V* d, V* point) {
+    point[0] = d[0] - d[2];
+    point[1] = d[1] + d[2];
+    point[2] = d[2] - d[1];
+    point[3] = d[1] - d[3];
+  }
+  template <typename V>
+  static void transform_back(const V* m, V& first, V& second) {
+    first = m[0] + m[1] + m[2];
+    second = m[1] - m[2] - m[3];
+  }
+};
+
+// The outer taps read odd pixels, to which they are a kernel of two taps at stride 1, F(2, 2); the middle one reads
+// even pixels, each for one output, and its products join the sums that go to that output alone: 5 for 6.
+struct StrideTwo {
+  static constexpr int step = 4, size = 5, sums = 3;
+  static constexpr int kernel[size] = {0, 3, 1, 3, 2}, sum[size] = {0, 0, 1, 2, 2};
+
+  template <typename V>
+  static void transform_kernel(V a, V b, V c, V* g) {
+    g[0] = a;
+    g[1] = a + c;
+    g[2] = c;
+    g[3] = b;
+  }
+  template <typename V>
+  static void transform_source(const V* d, V* point) {
+    point[0] = d[0] - d[2];
+    point[1] = d[1];
+    point[2] = d[2];
+    point[3] = d[3];
+    point[4] = d[4] - d[2];
+  }
+  template <typename V>
+  static void transform_back(const V* m, V& first, V& second) {
+    first = m[0] + m[1];
+    second = m[1] + m[2];
+  }
+};
+
+template <typename Use>
+inline auto with_method(const Convolution& conv, const Use& use) {
+  return conv.step_y == 1 ? use(UnitStride{}) : use(StrideTwo{});
+}
+
+// The tap of the smallest offsets, be they in ascending order or, as in a gradient, in descending order.
+inline const Tap& first_tap(const Convolution& conv) {
+  const Tap &front = conv.taps.front(), &back = conv.taps.back();
+  return front.dy < back.dy ? front : back;
+}
 
 // Points are whole cache lines apart, but not a power of two of them: 16 are written at once.
 int64_t winograd_point_stride(int64_t channel_count) { return (channel_count + 15) / 16 * 16 + 16; }
@@ -33,15 +101,16 @@ inline void gather_kernels(const float* weights, const float* limit, int64_t str
     for (int64_t i = 0; i < kLanes; ++i) kernels[k][i] = i < count ? weights[i * stride + k * tap_stride] : 0.f;
 }
 
-// The 16 values of G g G^T of one row's kernels: transformed[point * point_stride + channel].
+// The points of one row's kernels: transformed[point * point_stride + channel].
 // The nine values of a kernel lie the same distance apart.
-void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_count, float* transformed,
-                      int64_t point_stride) {
+template <typename Method>
+inline void transform_kernels(const Convolution& conv, int64_t row, int64_t channel_count, float* transformed,
+                              int64_t point_stride) {
   using V = Vector<kLanes>;
+  const Tap& corner = first_tap(conv);
   int32_t at[3][3];  // which of the nine values, in the order they lie in, a position has
   const int64_t tap_stride = std::abs(conv.taps[1].weight - conv.taps[0].weight);
-  for (const Tap& tap : conv.taps)
-    at[tap.dy - conv.phases[0].dy][tap.dx - conv.phases[0].dx] = int32_t(tap.weight / tap_stride);
+  for (const Tap& tap : conv.taps) at[tap.dy - corner.dy][tap.dx - corner.dx] = int32_t(tap.weight / tap_stride);
   const float* weights = conv.weight + row * conv.weight_row;
   for (int64_t first = 0; first < channel_count; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, channel_count - first);
@@ -51,84 +120,113 @@ void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_coun
       __builtin_prefetch(weights + (first + 4 * kLanes) * conv.weight_channel + line);
     gather_kernels(weights + first * conv.weight_channel, conv.weight + conv.weight_extent, conv.weight_channel, count,
                    tap_stride, kernels);
-    V g[4][3];
+    V columns[3][4];
 #pragma GCC unroll 3
-    for (int x = 0; x < 3; ++x) {
-      const V a = load<kLanes>(kernels[at[0][x]]), b = load<kLanes>(kernels[at[1][x]]);
-      const V c = load<kLanes>(kernels[at[2][x]]);
-      g[0][x] = a;
-      g[1][x] = 0.5f * (a + b + c);
-      g[2][x] = 0.5f * (a - b + c);
-      g[3][x] = c;
-    }
-    const auto put = [&](int point, V value) {
-      float* to = transformed + point * point_stride + first;
-      if (count == kLanes) {
-        store<kLanes>(to, value);
-      } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = value[i];
+    for (int x = 0; x < 3; ++x)
+      Method::transform_kernel(load<kLanes>(kernels[at[0][x]]), load<kLanes>(kernels[at[1][x]]),
+                               load<kLanes>(kernels[at[2][x]]), columns[x]);
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) {
+      V points[4];
+      Method::transform_kernel(columns[0][y], columns[1][y], columns[2][y], points);
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
+        float* to = transformed + (4 * y + x) * point_stride + first;
+        if (count == kLanes) {
+          store<kLanes>(to, points[x]);
+        } else {
+          for (int64_t i = 0; i < count; ++i) to[i] = points[x][i];
+        }
       }
-    };
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      put(4 * y, g[y][0]);
-      put(4 * y + 1, 0.5f * (g[y][0] + g[y][1] + g[y][2]));
-      put(4 * y + 2, 0.5f * (g[y][0] - g[y][1] + g[y][2]));
-      put(4 * y + 3, g[y][2]);
     }
   }
 }
 
-// point[p * stride + t] = the 16 values of B^T d B for the blocks of one row of blocks; d lies in four phases.
-template <int lanes>
-inline void transform_block_row(const float* patch, int64_t plane, int64_t pitch, int64_t block_count, float* point,
-                                int64_t stride) {
+void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_count, float* transformed,
+                      int64_t point_stride) {
+  with_method(conv, [&](auto method) {
+    transform_kernels<decltype(method)>(conv, row, channel_count, transformed, point_stride);
+  });
+}
+
+// How a channel's pixels are laid out before they are transformed: `split` holds each row of them as `step` rows of
+// `pitch` elements, of which number p has pixels p, p + step, ...
+template <typename Method>
+struct Patch {
+  int64_t height, width;  // of the pixels
+  int64_t pitch;
+
+  Patch(int64_t block_rows, int64_t block_columns)
+      : height(Method::step * block_rows + Method::size - Method::step),
+        width(Method::step * block_columns + Method::size - Method::step),
+        pitch((block_columns + 1 + kLanes - 1) / kLanes * kLanes) {}
+  // Of either layout, with what may be read and written past it.
+  int64_t size() const { return height * Method::step * pitch + 2 * kTilePixels; }
+};
+
+// Transforms the blocks of a channel: point p of block t is points[p * stride + t].
+// In order, because each row of blocks may overrun into the next one or the next channel.
+template <typename Method, int lanes>
+inline void transform_pixels(const Patch<Method>& patch, const float* pixels, float* split, int64_t block_rows,
+                             int64_t block_columns, float* points, int64_t stride) {
   using V = Vector<lanes>;
-  for (int64_t t = 0; t < block_count; t += lanes) {
-    V rows[4][4];
+  constexpr int size = Method::size, step = Method::step;
+  for (int64_t y = 0; y < patch.height; ++y, pixels += step * patch.pitch)
+    for (int64_t t = 0; t <= block_columns; t += lanes) {
+      V v[step];
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      V d[4];
+      for (int p = 0; p < step; ++p) v[p] = load<lanes>(pixels + step * t + p * lanes);
+      deinterleave<step, lanes>(v);
 #pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y)
-        d[y] = load<lanes>(patch + (2 * (y & 1) + (x & 1)) * plane + (y >> 1) * pitch + (x >> 1) + t);
-      rows[0][x] = d[0] - d[2];
-      rows[1][x] = d[1] + d[2];
-      rows[2][x] = d[2] - d[1];
-      rows[3][x] = d[1] - d[3];
+      for (int p = 0; p < step; ++p) store<lanes>(split + (step * y + p) * patch.pitch + t, v[p]);
     }
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      float* to = point + 4 * y * stride + t;
-      store<lanes>(to, rows[y][0] - rows[y][2]);
-      store<lanes>(to + stride, rows[y][1] + rows[y][2]);
-      store<lanes>(to + 2 * stride, rows[y][2] - rows[y][1]);
-      store<lanes>(to + 3 * stride, rows[y][1] - rows[y][3]);
+  for (int64_t b = 0; b < block_rows; ++b, split += step * step * patch.pitch, points += block_columns)
+    for (int64_t t = 0; t < block_columns; t += lanes) {
+      V columns[size][size];
+#pragma GCC unroll 5
+      for (int x = 0; x < size; ++x) {
+        V column[size];
+#pragma GCC unroll 5
+        for (int y = 0; y < size; ++y)
+          column[y] = load<lanes>(split + (step * y + x % step) * patch.pitch + x / step + t);
+        Method::transform_source(column, columns[x]);
+      }
+#pragma GCC unroll 5
+      for (int y = 0; y < size; ++y) {
+        V row[size], transformed[size];
+#pragma GCC unroll 5
+        for (int x = 0; x < size; ++x) row[x] = columns[x][y];
+        Method::transform_source(row, transformed);
+#pragma GCC unroll 5
+        for (int x = 0; x < size; ++x) store<lanes>(points + (size * y + x) * stride + t, transformed[x]);
+      }
     }
-  }
 }
 
-// The outputs A^T m A of `block_count` blocks, even columns and odd ones interleaved: upper[2 t + x], lower[2 t + x].
+// The outputs of `block_count` blocks, even columns and odd ones interleaved: upper[2 t + x], lower[2 t + x].
+template <typename Method>
 inline void transform_back(const float* products, int64_t stride, int64_t block_count, float bias,
                            Activation activation, float* upper, float* lower) {
   using V = Vector<kLanes>;
-  constexpr auto first = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes; });
-  constexpr auto second = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes + kLanes / 2; });
+  constexpr int sums = Method::sums;
+  constexpr auto low = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes; });
+  constexpr auto high = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes + kLanes / 2; });
   for (int64_t t = 0; t < block_count; t += kLanes) {
-    V top[4], bottom[4];
+    V top[sums], bottom[sums];
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      V m[4];
+    for (int x = 0; x < sums; ++x) {
+      V m[sums];
 #pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) m[y] = load<kLanes>(products + (4 * y + x) * stride + t);
-      top[x] = m[0] + m[1] + m[2];
-      bottom[x] = m[1] - m[2] - m[3];
+      for (int y = 0; y < sums; ++y) m[y] = load<kLanes>(products + (sums * y + x) * stride + t);
+      Method::transform_back(m, top[x], bottom[x]);
     }
     const auto finish = [&](const V* s, float* to) {
-      const V left = activate<kLanes>(activation, s[0] + s[1] + s[2] + bias);
-      const V right = activate<kLanes>(activation, s[1] - s[2] - s[3] + bias);
-      store<kLanes>(to + 2 * t, shuffle<kLanes>(left, right, first));
-      store<kLanes>(to + 2 * t + kLanes, shuffle<kLanes>(left, right, second));
+      V left, right;
+      Method::transform_back(s, left, right);
+      left = activate<kLanes>(activation, left + bias);
+      right = activate<kLanes>(activation, right + bias);
+      store<kLanes>(to + 2 * t, shuffle<kLanes>(left, right, low));
+      store<kLanes>(to + 2 * t + kLanes, shuffle<kLanes>(left, right, high));
     };
     finish(top, upper);
     finish(bottom, lower);
@@ -138,60 +236,66 @@ inline void transform_back(const float* products, int64_t stride, int64_t block_
 // Sizes of a tile's blocks. The tile counts blocks of 2x2 outputs, and spans whole rows of them.
 struct Blocks {
   int64_t rows, columns, count;
+  int64_t tail;  // the last blocks, if so few of them are left past whole vectors that their sums are dot products
   int64_t room;  // of one point of one row, with what register tiles write past the last block
-  int64_t slice(int64_t live_count) const { return live_count * count + kTilePixels; }
+  // One point of all blocks, for all live channels: [channel][block], what is read past it, [tail block][channel].
+  int64_t slice(int64_t live_count) const { return tails(live_count) + live_count * tail; }
+  int64_t tails(int64_t live_count) const { return live_count * count + kTilePixels; }
 
   explicit Blocks(const Tile& tile)
       : rows(tile.y_end - tile.y_begin),
         columns(tile.x_end),
         count(rows * columns),
+        tail(count % kLanes <= kMostDots ? count % kLanes : 0),
         room(count <= kVectors * kLanes ? (count + kLanes - 1) / kLanes * kLanes : count + kTilePixels) {}
 };
 
-int64_t winograd_points_size(const Tile& tile, int64_t live_count) {
-  return kPoints * Blocks(tile).slice(live_count);
+int64_t winograd_points_size(const Convolution& conv, const Tile& tile, int64_t live_count) {
+  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(live_count); });
 }
 
 // Transforms the live channels of a unit: points[point][live channel][block].
-void winograd_points(const Convolution& conv, const Unit& unit, const Tile& tile, float* points, Scratch& scratch) {
+template <typename Method>
+inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile& tile, float* points,
+                           Scratch& scratch) {
+  constexpr int step = Method::step, half = kLanes > 8 ? kLanes / 2 : kLanes;
   const Blocks blocks(tile);
-  const int64_t width = blocks.columns + 1, height = blocks.rows + 1, plane = width * height;
   const int64_t slice = blocks.slice(unit.live_count);
-  Window windows[4];
-  for (int p = 0; p < 4; ++p)
-    windows[p] = window_of(conv.source, 2 * tile.y_begin + conv.phases[0].dy + p / 2, conv.phases[0].dx + p % 2, height,
-                           width, 2, 2);
+  const Patch<Method> patch(blocks.rows, blocks.columns);
+  const Tap& corner = first_tap(conv);
+  const Window window = window_of(conv.source, step * tile.y_begin + corner.dy, corner.dx, patch.height, patch.width,
+                                  1, 1);
   // Vectors as long as a row of blocks, where that is short.
-  const auto transform = blocks.columns <= 4                    ? transform_block_row<4>
-                         : blocks.columns <= kLanes / 2 ? transform_block_row<(kLanes > 8 ? kLanes / 2 : kLanes)>
-                                                        : transform_block_row<kLanes>;
-  // The four phases of one channel, and what is read and written past them.
-  const int64_t patch_size = 4 * plane + 2 * kTilePixels;
-  float* patch = static_cast<float*>(scratch.reserve(patch_size * 4));
-  for (int64_t i = 0; i < patch_size; ++i) patch[i] = 0;
+  const auto transform = blocks.columns <= 4      ? transform_pixels<Method, 4>
+                         : blocks.columns <= half ? transform_pixels<Method, half>
+                                                  : transform_pixels<Method, kLanes>;
+  float* pixels = static_cast<float*>(scratch.reserve(2 * patch.size() * 4));
+  float* split = pixels + patch.size();
+  std::fill_n(pixels, 2 * patch.size(), 0.f);
   for (int64_t i = 0; i < unit.live_count; ++i) {
-    copy_phases(patch, plane, width, conv.source, unit.frame, unit.live[i], windows, 4);
-    // In order, because each row of blocks may overrun into the next one or the next channel.
-    for (int64_t y = 0; y < blocks.rows; ++y)
-      transform(patch + y * width, plane, width, blocks.columns, points + i * blocks.count + y * blocks.columns,
-                slice);
+    copy_route(pixels, step * patch.pitch, conv.source, unit.frame, unit.live[i], window);
+    // Rows of planes are far apart for the next channel to have been fetched; it takes longer than what is done here.
+    if (i + 1 < unit.live_count) prefetch_window(conv.source, unit.frame, unit.live[i + 1], window);
+    transform(patch, pixels, split, blocks.rows, blocks.columns, points + i * blocks.count, slice);
   }
+  for (int point = 0; point < Method::size * Method::size; ++point)
+    for (int64_t t = 0; t < blocks.tail; ++t)
+      for (int64_t i = 0; i < unit.live_count; ++i)
+        points[point * slice + blocks.tails(unit.live_count) + t * unit.live_count + i] =
+            points[point * slice + (i + 1) * blocks.count - blocks.tail + t];
 }
 
-// Multiplies and stores the rows of units that share a tile's geometry. Point by point, so that the weights of one
-// point serve all units before those of the next are read. points: [unit][winograd_points_size]
-inline void winograd_rows(const Convolution& conv, const WinogradWeights& weights, const Unit* units,
-                          int64_t unit_count, const Tile& tile, const float* points, Scratch& scratch) {
+// Multiplies and stores the rows of a tile. Sum by sum, so that what one of them reads stays close for all rows.
+template <typename Method>
+inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile& tile, const float* points,
+                          Scratch& scratch) {
+  constexpr int size = Method::size, sums = Method::sums;
   const Blocks blocks(tile);
-  int64_t live_most = 0, rows_most = 0;
-  for (int64_t u = 0; u < unit_count; ++u) {
-    live_most = std::max(live_most, units[u].live_count);
-    rows_most = std::max(rows_most, units[u].row_count);
-  }
+  const int64_t slice = blocks.slice(unit.live_count), row_count = tile.row_end - tile.row_begin;
   Layout layout;
-  const int64_t products_at = layout.add<float>(unit_count * rows_most * kPoints * blocks.room);
+  const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
   const int64_t outputs_at = layout.add<float>(4 * blocks.room);
-  const int64_t steps_at = layout.add<Step>(unit_count * live_most);
+  const int64_t steps_at = layout.add<Step>(unit.live_count);
   const int64_t segments_at = layout.add<Segment>(2 * blocks.rows);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   float* products = reinterpret_cast<float*>(memory + products_at);
@@ -200,9 +304,7 @@ inline void winograd_rows(const Convolution& conv, const WinogradWeights& weight
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
 
-  for (int64_t u = 0; u < unit_count; ++u)
-    for (int64_t i = 0; i < units[u].live_count; ++i)
-      steps[u * live_most + i] = {units[u].live[i].channel, int32_t(i * blocks.count)};
+  for (int64_t i = 0; i < unit.live_count; ++i) steps[i] = {unit.live[i].channel, int32_t(i * blocks.count)};
   int64_t segment_count[2] = {0, 0};
   for (int64_t y = 0; y < blocks.rows; ++y)
     for (int64_t half = 0; half < 2; ++half) {
@@ -213,79 +315,44 @@ inline void winograd_rows(const Convolution& conv, const WinogradWeights& weight
     }
 
   const float zero[kRows] = {};
+  const int64_t row_room = sums * sums * blocks.room;
+  const int64_t tail = is_gapless(unit) ? blocks.tail : 0;
+  for (int sum = 0; sum < sums * sums; ++sum) {
+    Term terms[size * size];
+    int64_t term_count = 0;
+    for (int y = 0; y < size; ++y)
+      for (int x = 0; x < size; ++x)
+        if (Method::sum[y] * sums + Method::sum[x] == sum)
+          terms[term_count++] = {(4 * Method::kernel[y] + Method::kernel[x]) * conv.winograd.point_stride,
+                                 (size * y + x) * slice};
+    for_row_groups(0, row_count, [&](int64_t first, int64_t count) {
+      const float* rows[kRows];
+      for (int64_t r = 0; r < count; ++r)
+        rows[r] = conv.winograd.weight + unit.rows[tile.row_begin + first + r].channel * conv.winograd.row_stride;
+      const Product product = {rows, steps, unit.live_count, points, zero, terms, term_count};
+      Product last = product;
+      last.source += blocks.tails(unit.live_count);
+      float* out = products + first * row_room + sum * blocks.room;
+      multiply<false, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
+      if (tail > 0) dot(last, count, tail, out + blocks.count - tail, row_room);
+    });
+  }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
-  const int64_t row_room = kPoints * blocks.room;
-  for (int64_t point = 0; point < kPoints; ++point) {
-    const float* unit_points = points;
-    for (int64_t u = 0; u < unit_count; ++u) {
-      const Unit& unit = units[u];
-      const int64_t slice = blocks.slice(unit.live_count);
-      for_row_groups(0, unit.row_count, [&](int64_t first, int64_t count) {
-        const float* rows[kRows];
-        for (int64_t r = 0; r < count; ++r)
-          rows[r] = weights.weight + unit.rows[first + r].channel * weights.row_stride + point * weights.point_stride;
-        const Product product = {rows, steps + u * live_most, unit.live_count, unit_points + point * slice, zero};
-        multiply<false, false>(product, count, blocks.count,
-                               products + (u * rows_most + first) * row_room + point * blocks.room, row_room,
-                               [](int64_t, int64_t) {});
-      });
-      unit_points += kPoints * slice;
-    }
-  }
-  for (int64_t u = 0; u < unit_count; ++u) {
-    const Unit& unit = units[u];
-    for (int64_t r = 0; r < unit.row_count; ++r) {
-      const Route& route = unit.rows[r];
-      transform_back(products + (u * rows_most + r) * row_room, blocks.room, blocks.count,
-                     conv.bias ? conv.bias[route.channel] : 0.f, conv.activation, upper, lower);
-      store_route(conv.target, hop, unit.frame, route, upper, segments, segment_count[0]);
-      store_route(conv.target, hop, unit.frame, route, lower, segments + blocks.rows, segment_count[1]);
-    }
+  for (int64_t r = 0; r < row_count; ++r) {
+    const Route& route = unit.rows[tile.row_begin + r];
+    transform_back<Method>(products + r * row_room, blocks.room, blocks.count,
+                           conv.bias ? conv.bias[route.channel] : 0.f, conv.activation, upper, lower);
+    store_route(conv.target, hop, unit.frame, route, upper, segments, segment_count[0]);
+    store_route(conv.target, hop, unit.frame, route, lower, segments + blocks.rows, segment_count[1]);
   }
 }
 
-// One tile of one unit, by groups of rows whose products stay close.
 void convolve_winograd(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
-  float* points = static_cast<float*>(scratch.reserve(winograd_points_size(tile, unit.live_count) * 4, 1));
-  winograd_points(conv, unit, tile, points, scratch);
-  for_row_groups(tile.row_begin, tile.row_end, [&](int64_t first, int64_t count) {
-    Unit group = unit;
-    group.rows += first;
-    group.row_count = count;
-    winograd_rows(conv, conv.winograd, &group, 1, tile, points, scratch);
+  float* points = static_cast<float*>(scratch.reserve(winograd_points_size(conv, tile, unit.live_count) * 4, 1));
+  with_method(conv, [&](auto method) {
+    transform_unit<decltype(method)>(conv, unit, tile, points, scratch);
+    multiply_unit<decltype(method)>(conv, unit, tile, points, scratch);
   });
-}
-
-// Rows [row_begin, row_end) of several units: their kernels are transformed here and stay close for all of them.
-void convolve_winograd_rows(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
-                            const float* points, int64_t row_begin, int64_t row_end, int64_t channel_count,
-                            Scratch& scratch) {
-  WinogradWeights weights;
-  weights.point_stride = winograd_point_stride(channel_count);
-  weights.row_stride = kPoints * weights.point_stride;
-  Layout layout;
-  const int64_t units_at = layout.add<Unit>(unit_count);
-  const int64_t used_at = layout.add<bool>(row_end - row_begin);
-  const int64_t weights_at = layout.add<float>((row_end - row_begin) * weights.row_stride);
-  char* memory = static_cast<char*>(scratch.reserve(layout.bytes(), 1));
-  Unit* parts = reinterpret_cast<Unit*>(memory + units_at);
-  bool* used = reinterpret_cast<bool*>(memory + used_at);
-  float* transformed = reinterpret_cast<float*>(memory + weights_at);
-  for (int64_t r = row_begin; r < row_end; ++r) used[r - row_begin] = false;
-  for (int64_t u = 0; u < unit_count; ++u) {
-    Unit& part = parts[u] = units[u];
-    for (; part.row_count > 0 && part.rows->channel < row_begin; ++part.rows) --part.row_count;
-    int64_t count = 0;
-    for (; count < part.row_count && part.rows[count].channel < row_end; ++count)
-      used[part.rows[count].channel - row_begin] = true;
-    part.row_count = count;
-  }
-  for (int64_t r = row_begin; r < row_end; ++r)
-    if (used[r - row_begin])
-      winograd_weights(conv, r, channel_count, transformed + (r - row_begin) * weights.row_stride,
-                       weights.point_stride);
-  weights.weight = transformed - row_begin * weights.row_stride;
-  winograd_rows(conv, weights, parts, unit_count, tile, points, scratch);
 }
 
 }  // namespace
