@@ -124,17 +124,28 @@ inline void copy_whole(float* to, const float* from, int64_t count) {
   }
 }
 
-// Fetches what copying a route's channel to a window is going to read.
-inline void prefetch_window(const Planes& planes, int64_t frame, const Route& route, const Window& window) {
-  const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
-  const int64_t begin = std::max<int64_t>(0, window.y);
-  const int64_t end = std::min(planes.height, window.y + (window.height - 1) * window.step_y + 1);
-  if (planes.column_stride != 1) return;
-  const char* plane = static_cast<const char*>(planes.data) +
-                      ((frame + !route.here) * planes.frame_stride + route.channel * planes.channel_stride) * size;
-  for (int64_t at = begin * planes.row_stride * size; at < end * planes.row_stride * size; at += 64)
-    __builtin_prefetch(plane + at);
-}
+// The rows that copying a route's channel to a window is going to read, to be fetched one by one next to other work:
+// all at once they would keep it waiting.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const Planes& planes, int64_t frame, const Route& route, const Window& window) {
+    const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
+    if (planes.column_stride != 1) return;
+    stride_ = planes.row_stride * size;
+    bytes_ = planes.width * size;
+    row_ = static_cast<const char*>(planes.data) + window.y * planes.row_stride * size +
+           ((frame + !route.here) * planes.frame_stride + route.channel * planes.channel_stride) * size;
+  }
+  void fetch_next() {
+    for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(row_ + at);
+    row_ += stride_;
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0;
+};
 
 // Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...
 // Nothing is written past the end of `even`, because `odd` may lie there.

@@ -150,7 +150,9 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
     const Route* live = unit.live + begin;
     for (int64_t i = 0; i < live_count; ++i) {
       copy_phases(patch, plane, width, conv.source, unit.frame, live[i], windows, phase_count);
-      if (begin + i + 1 < unit.live_count) prefetch_window(conv.source, unit.frame, live[i + 1], windows[0]);
+      const bool last = begin + i + 1 == unit.live_count;
+      RowsAhead ahead = last ? RowsAhead() : RowsAhead(conv.source, unit.frame, live[i + 1], windows[0]);
+      for (int64_t y = 0; y < conv.step_y * height; ++y) ahead.fetch_next();
       const int64_t weight = (live[i].channel - unit.live[0].channel) * conv.weight_channel;
       for (int64_t t = 0; t < tap_count; ++t) {
         const Tap& tap = conv.taps[size_t(t)];

@@ -164,14 +164,15 @@ struct Patch {
   int64_t size() const { return height * Method::step * pitch + 2 * kTilePixels; }
 };
 
-// Transforms the blocks of a channel: point p of block t is points[p * stride + t].
+// Transforms the blocks of a channel, and fetches rows of the next one: point p of block t is points[p * stride + t].
 // In order, because each row of blocks may overrun into the next one or the next channel.
 template <typename Method, int lanes>
 inline void transform_pixels(const Patch<Method>& patch, const float* pixels, float* split, int64_t block_rows,
-                             int64_t block_columns, float* points, int64_t stride) {
+                             int64_t block_columns, float* points, int64_t stride, RowsAhead ahead) {
   using V = Vector<lanes>;
   constexpr int size = Method::size, step = Method::step;
-  for (int64_t y = 0; y < patch.height; ++y, pixels += step * patch.pitch)
+  for (int64_t y = 0; y < patch.height; ++y, pixels += step * patch.pitch) {
+    ahead.fetch_next();
     for (int64_t t = 0; t <= block_columns; t += lanes) {
       V v[step];
 #pragma GCC unroll 4
@@ -180,6 +181,7 @@ inline void transform_pixels(const Patch<Method>& patch, const float* pixels, fl
 #pragma GCC unroll 4
       for (int p = 0; p < step; ++p) store<lanes>(split + (step * y + p) * patch.pitch + t, v[p]);
     }
+  }
   for (int64_t b = 0; b < block_rows; ++b, split += step * step * patch.pitch, points += block_columns)
     for (int64_t t = 0; t < block_columns; t += lanes) {
       V columns[size][size];
@@ -274,9 +276,9 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
   std::fill_n(pixels, 2 * patch.size(), 0.f);
   for (int64_t i = 0; i < unit.live_count; ++i) {
     copy_route(pixels, step * patch.pitch, conv.source, unit.frame, unit.live[i], window);
-    // Rows of planes are far apart for the next channel to have been fetched; it takes longer than what is done here.
-    if (i + 1 < unit.live_count) prefetch_window(conv.source, unit.frame, unit.live[i + 1], window);
-    transform(patch, pixels, split, blocks.rows, blocks.columns, points + i * blocks.count, slice);
+    const bool last = i + 1 == unit.live_count;
+    transform(patch, pixels, split, blocks.rows, blocks.columns, points + i * blocks.count, slice,
+              last ? RowsAhead() : RowsAhead(conv.source, unit.frame, unit.live[i + 1], window));
   }
   for (int point = 0; point < Method::size * Method::size; ++point)
     for (int64_t t = 0; t < blocks.tail; ++t)
