@@ -95,6 +95,7 @@ bool is_gapless(const Unit& unit);
 struct Tile {
   int64_t y_begin, y_end, x_begin, x_end;
   int64_t row_begin, row_end;
+  int64_t next = 0;  // a hint: elements from the source of this tile to that of the tile its thread takes next
 };
 
 }  // namespace adakernels

@@ -188,6 +188,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
     add_depthwise_tasks(tasks, conv, units, kernels.lanes);
     return;
   }
+  const size_t begin = tasks.size();
   for (size_t u = 0; u < units.size();) {
     const Unit& unit = units[u];
     // Whole maps where their points are gathered, whole rows where they fit, else parts of one row.
@@ -227,6 +228,12 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
                                 row_count * (r + 1) / row_parts}});
     u = end;
   }
+  // Threads take tasks in turn, more or less.
+  const auto start = [&](size_t i) {
+    const Task& task = tasks[std::min(i, tasks.size() - 1)];
+    return task.units->frame * conv.source.frame_stride + task.tile.x_begin;
+  };
+  for (size_t i = begin; i < tasks.size(); ++i) tasks[i].tile.next = start(i + size_t(threads)) - start(i);
 }
 
 double work(const std::vector<Task>& tasks) {

@@ -310,6 +310,16 @@ def test_fixed_cases(case: Case, dtype: torch.dtype) -> None:
     check_backward(replace(case, dtype=dtype))
 
 
+@pytest.mark.parametrize("in_policy", ["none", "mixed"])
+@pytest.mark.parametrize("channels", [1, 15, 16, 53, 700])
+def test_kernel_of_one_pixel_on_planes_of_all_lengths(channels: int, in_policy: str) -> None:
+    base = Case(channels=channels, kernel=(1, 1), padding=(0, 0), in_policy=in_policy, activation="relu")
+    for length in [*range(1, 20), 48, 49, 100, 196, 289]:
+        check_forward(replace(base, size=(2, length), out_channels=3 + length % 40, seed=length))
+        case = replace(base, size=(length, 7), out_channels=1 + length % 9, activation=None, seed=length)
+        check_forward(case)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wrong", [lambda y: y * 0, lambda y: y.roll(1, dims=1)], ids=["zeros", "shifted"])
 def test_wrong_results_are_beyond_rounding(

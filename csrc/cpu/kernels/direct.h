@@ -34,8 +34,10 @@ class Layout {
 struct RowGroup {
   const float* rows[kRows];
   float start[kRows];
+  float floor;  // that of a register tile, which applies ReLU itself
 
-  RowGroup(const Convolution& conv, const Unit& unit, int64_t first, int64_t count) {
+  RowGroup(const Convolution& conv, const Unit& unit, int64_t first, int64_t count)
+      : floor(conv.activation == Activation::relu ? 0.f : Product().floor) {
     const int64_t live = unit.live_count > 0 ? unit.live[0].channel * conv.weight_channel : 0;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t channel = unit.rows[first + r].channel;
@@ -45,66 +47,115 @@ struct RowGroup {
   }
 };
 
-// Runs the steps over `point_count` grid points of a unit and stores them: segments(first, count, out) fills in
-// where the points go and returns the number of segments.
-template <bool prefetch, typename Segments>
+// Activates, unless register tiles did, and stores a tile of `count` rows, `width` points from `at` on:
+// segments(at, width, list) fills in where the points go and returns the number of segments. out: [count][kTilePixels]
+template <typename Segments>
+inline void finish_tile(const Convolution& conv, const Unit& unit, const Route* rows, int64_t count, float* out,
+                        int64_t at, int64_t width, const Segments& segments) {
+  const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  Segment list[kTilePixels];
+  const int64_t segment_count = segments(at, width, list);
+  for (int64_t r = 0; r < count; ++r) {
+    if (conv.activation != Activation::relu) activate(conv.activation, out + r * kTilePixels, width);
+    store_route(conv.target, hop, unit.frame, rows[r], out + r * kTilePixels, list, segment_count);
+  }
+}
+
+// Runs the steps over `point_count` grid points of a unit and stores them.
+template <typename Segments>
 inline void multiply_and_store(const Convolution& conv, const Unit& unit, const Tile& tile, const float* source,
                                const Step* steps, int64_t step_count, int64_t point_count, const Segments& segments) {
   alignas(64) float out[kRows * kTilePixels];
-  const int64_t hop = conv.target_step_x * conv.target.column_stride;
   for_row_groups(tile.row_begin, std::min(tile.row_end, unit.row_count), [&](int64_t first, int64_t count) {
     const RowGroup group(conv, unit, first, count);
-    const Product product = {group.rows, steps, step_count, source, group.start};
-    multiply<prefetch, true>(product, count, point_count, out, kTilePixels, [&](int64_t at, int64_t width) {
-      Segment list[kTilePixels];
-      const int64_t segment_count = segments(at, width, list);
-      for (int64_t r = 0; r < count; ++r) {
-        activate(conv.activation, out + r * kTilePixels, width);
-        store_route(conv.target, hop, unit.frame, unit.rows[first + r], out + r * kTilePixels, list, segment_count);
-      }
+    Product product = {group.rows, steps, step_count, source, group.start};
+    product.floor = group.floor;
+    multiply<0, true>(product, count, point_count, out, kTilePixels, [&](int64_t at, int64_t width) {
+      finish_tile(conv, unit, unit.rows + first, count, out, at, width, segments);
     });
   });
 }
 
-// The tensor is read where it lies, only the last, partial register tile is copied, because it would read past the
+// The tensor is read where it lies. Only the last points, less than a vector, are copied: a tile would read past the
 // plane.
 inline void convolve_in_place(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
+  constexpr int64_t span = kVectors * kLanes;
   const Planes& planes = conv.source;
   const float* source =
       static_cast<const float*>(planes.data) + unit.frame * planes.frame_stride + tile.x_begin;
-  const int64_t count = tile.x_end - tile.x_begin, whole = count / (kVectors * kLanes) * (kVectors * kLanes);
-  const int64_t rest = count - whole, pitch = (rest + kLanes - 1) / kLanes * kLanes;
+  const int64_t live_count = unit.live_count, first_live = live_count > 0 ? unit.live[0].channel : 0;
+  const int64_t count = tile.x_end - tile.x_begin, whole = count / kLanes * kLanes, rest = count - whole;
+  const bool gapless = live_count > 0 && unit.live[live_count - 1].channel - first_live + 1 == live_count;
+  const bool dots = rest <= kLanes / 2 && gapless && conv.weight_channel == 1;
   Layout layout;
-  const int64_t steps_at = layout.add<Step>(unit.live_count);
-  const int64_t copy_at = layout.add<float>(unit.live_count * pitch + kTilePixels);
+  const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
+  const int64_t copy_at = layout.add<float>(live_count * kLanes);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
+  Step* rest_steps = reinterpret_cast<Step*>(memory + rest_steps_at);
   float* copy = reinterpret_cast<float*>(memory + copy_at);
-  const int32_t first_live = unit.live_count > 0 ? unit.live[0].channel : 0;
-  for (int64_t i = 0; i < unit.live_count; ++i)
-    steps[i] = {int32_t((unit.live[i].channel - first_live) * conv.weight_channel + conv.taps[0].weight),
-                int32_t(unit.live[i].channel * planes.channel_stride)};
-
-  int64_t offset = 0;
-  const auto segment = [&](int64_t at, int64_t width, Segment* list) {
-    list[0] = {0, target_offset(conv, 0, tile.x_begin + offset + at), width};
-    return 1;
-  };
-  // Blocks that the second-level cache holds for the groups of rows after the first.
-  const int64_t fitting = kSourceBytes / 4 / std::max<int64_t>(1, unit.live_count) / (kVectors * kLanes);
-  const int64_t block = std::max<int64_t>(2, fitting) * (kVectors * kLanes);
-  for (; offset < whole; offset += block)
-    multiply_and_store<true>(conv, unit, tile, source + offset, steps, unit.live_count,
-                             std::min(block, whole - offset), segment);
-  if (rest == 0) return;
-  for (int64_t i = 0; i < unit.live_count; ++i) {
-    for (int64_t x = 0; x < rest; ++x) copy[i * pitch + x] = source[steps[i].source + whole + x];
-    for (int64_t x = rest; x < pitch; ++x) copy[i * pitch + x] = 0;
-    steps[i].source = int32_t(i * pitch);
+  for (int64_t i = 0; i < live_count; ++i) {
+    const auto weight = int32_t((unit.live[i].channel - first_live) * conv.weight_channel + conv.taps[0].weight);
+    steps[i] = {weight, int32_t(unit.live[i].channel * planes.channel_stride)};
+    rest_steps[i] = {weight, int32_t(i * kLanes)};
   }
-  for (int64_t x = 0; x < kTilePixels; ++x) copy[unit.live_count * pitch + x] = 0;
-  offset = whole;
-  multiply_and_store<false>(conv, unit, tile, copy, steps, unit.live_count, rest, segment);
+  const auto copy_rest = [&] {
+    for (int64_t i = 0; i < live_count; ++i) {
+      const float* points = source + steps[i].source + whole;
+      for (int64_t x = 0; x < rest; ++x) copy[dots ? x * live_count + i : i * kLanes + x] = points[x];
+      for (int64_t x = rest; x < kLanes && !dots; ++x) copy[i * kLanes + x] = 0;
+    }
+  };
+
+  // All groups of rows read a block from the second-level cache while the next one is fetched from memory: by the first
+  // groups, which share the vectors of a register tile, so that memory has time.
+  const int64_t spans = std::max<int64_t>(1, (whole + span - 1) / span);
+  const int64_t fitting = std::max<int64_t>(1, kSourceBytes / 2 / (4 * std::max<int64_t>(1, live_count) * span));
+  const int64_t blocks = (spans + fitting - 1) / fitting;
+  const int64_t row_end = std::min(tile.row_end, unit.row_count);
+  const int64_t groups = (row_end - tile.row_begin + kRows - 1) / kRows;
+  const int64_t share = groups > 0 ? (kVectors + groups - 1) / groups : 0;
+  alignas(64) float out[kRows * kTilePixels];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = spans * b / blocks * span, end = std::min(spans * (b + 1) / blocks * span, whole);
+    const int64_t next = (b + 1 < blocks ? end : tile.next) - begin;
+    int64_t fetched = 0;
+    if (b + 1 == blocks && rest > 0) copy_rest();
+    for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t row_count) {
+      const RowGroup group(conv, unit, first, row_count);
+      const auto finish = [&](int64_t at, int64_t width) {
+        finish_tile(conv, unit, unit.rows + first, row_count, out, begin + at, width,
+                    [&](int64_t point, int64_t, Segment* list) {
+                      list[0] = {0, target_offset(conv, 0, tile.x_begin + point), width};
+                      return 1;
+                    });
+      };
+      // The last element of a vector is fetched: the first one may lie in a line that was read before.
+      Product product = {group.rows, steps, live_count, source + begin, group.start};
+      product.floor = group.floor;
+      product.ahead = next + fetched * kLanes + kLanes - 1;
+      const auto run = [&]<int prefetches>(std::integral_constant<int, prefetches>) {
+        multiply<prefetches, true>(product, row_count, end - begin, out, kTilePixels, finish);
+      };
+      if (fetched >= kVectors)
+        run(std::integral_constant<int, 0>());
+      else if (share == 1)
+        run(std::integral_constant<int, 1>());
+      else if (share == 2)
+        run(std::integral_constant<int, 2>());
+      else
+        run(std::integral_constant<int, kVectors>());
+      fetched += share;
+      if (b + 1 < blocks || rest == 0) return;
+      Product last = {group.rows, dots ? steps : rest_steps, live_count, copy, group.start};
+      last.floor = group.floor;
+      if (dots)
+        dot(last, row_count, rest, out, kTilePixels);
+      else
+        multiply<0, true>(last, row_count, rest, out, kTilePixels, [](int64_t, int64_t) {});
+      finish(end - begin, rest);
+    });
+  }
 }
 
 // Few grid points: each tap's are gathered, so that vectors are full and nothing is computed only to be dropped.
@@ -171,7 +222,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
       const RowGroup group(conv, unit, first, count);
       const float* start = begin == 0 ? group.start : nullptr;
       float* to = out + (first - tile.row_begin) * row_room;
-      multiply<false, false>({group.rows, steps, step_count, points, start}, count, whole, to, row_room,
+      multiply<0, false>({group.rows, steps, step_count, points, start}, count, whole, to, row_room,
                              [](int64_t, int64_t) {});
       if (tail > 0) dot({group.rows, steps, step_count, tails, start}, count, tail, to + whole, row_room);
     });
@@ -258,7 +309,7 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
       }
       steps_made = live_count;
     }
-    multiply_and_store<false>(conv, unit, tile, source, steps, step_count, point_count, segments);
+    multiply_and_store(conv, unit, tile, source, steps, step_count, point_count, segments);
   }
 }
 

@@ -1,6 +1,7 @@
 // The one inner kernel: rows of weights given by pointers times vectors of pixels given by offsets.
 #pragma once
 
+#include <limits>
 #include <utility>
 
 #include "simd.h"
@@ -29,13 +30,15 @@ struct Product {
   const float* start;  // what row r is added to; null: what `out` holds
   const Term* terms = &kPlainTerm;
   int64_t term_count = 1;
+  float floor = -std::numeric_limits<float>::infinity();  // what results below it become
+  int64_t ahead = 0;  // from the source to what is to be fetched from memory meanwhile, in elements
 };
 
-// out[r][p] = start[r] + sum_t sum_k rows[r][terms[t].weight + steps[k].weight]
-//                                    * source[terms[t].source + steps[k].source + p]
-// for r < row_count and p < vectors * lanes. Rows are pointers, so an arbitrary list of channels costs nothing.
-// With `prefetch` the pixels of the next tile are fetched, for sources that no copy has brought close.
-template <int row_count, int vectors, int lanes, bool prefetch>
+// out[r][p] = max(floor, start[r] + sum_t sum_k rows[r][terms[t].weight + steps[k].weight]
+//                                               * source[terms[t].source + steps[k].source + p])
+// for r < row_count and p < vectors * lanes; NaN stays NaN. Rows are pointers, so any list of channels costs nothing.
+// With `prefetches` so many vectors of pixels are fetched ahead at each step, for sources that no copy brings close.
+template <int row_count, int vectors, int lanes, int prefetches>
 void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   using V = Vector<lanes>;
   V sum[row_count][vectors];
@@ -54,10 +57,9 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
       const float* pixels = source + step->source;
       V b[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        b[v] = load<lanes>(pixels + v * lanes);
-        if constexpr (prefetch) __builtin_prefetch(pixels + (vectors + v) * lanes, 0, 2);
-      }
+      for (int v = 0; v < vectors; ++v) b[v] = load<lanes>(pixels + v * lanes);
+#pragma GCC unroll 16
+      for (int v = 0; v < prefetches; ++v) __builtin_prefetch(pixels + product.ahead + v * lanes, 0, 2);
 #pragma GCC unroll 16
       for (int r = 0; r < row_count; ++r) {
         const V a = broadcast<lanes>(row[r][at]);
@@ -66,10 +68,12 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
       }
     }
   }
+  const V floor = broadcast<lanes>(product.floor);
 #pragma GCC unroll 16
   for (int r = 0; r < row_count; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) store<lanes>(out + r * out_stride + v * lanes, sum[r][v]);
+    for (int v = 0; v < vectors; ++v)
+      store<lanes>(out + r * out_stride + v * lanes, sum[r][v] < floor ? floor : sum[r][v]);
 }
 
 // The sum of a vector's lanes.
@@ -107,6 +111,7 @@ void dot_tile(const Product& product, int64_t count, float* out, int64_t out_str
     for (int r = 0; r < row_count; ++r) {
       float& to = out[r * out_stride + p];
       to = (product.start ? product.start[r] : to) + sum_lanes(sum[r]) + rest[r];
+      to = to < product.floor ? product.floor : to;
     }
   }
 }
@@ -128,16 +133,16 @@ constexpr int kMostDots = kLanes / 4;
 
 using TileFunction = void (*)(const Product&, float*, int64_t);
 
-template <int vectors, int lanes, bool prefetch, int... rows>
+template <int vectors, int lanes, int prefetches, int... rows>
 constexpr TileFunction pick_rows(int64_t row_count, std::integer_sequence<int, rows...>) {
-  constexpr TileFunction functions[] = {gemm_tile<rows + 1, vectors, lanes, prefetch>...};
+  constexpr TileFunction functions[] = {gemm_tile<rows + 1, vectors, lanes, prefetches>...};
   return functions[row_count - 1];
 }
 
 // A register tile for up to kRows rows.
-template <int vectors, int lanes = kLanes, bool prefetch = false>
+template <int vectors, int lanes = kLanes, int prefetches = 0>
 inline TileFunction tile_for(int64_t row_count) {
-  return pick_rows<vectors, lanes, prefetch>(row_count, std::make_integer_sequence<int, kRows>());
+  return pick_rows<vectors, lanes, prefetches>(row_count, std::make_integer_sequence<int, kRows>());
 }
 
 // A single row takes as many vectors as keep the multipliers busy.
@@ -148,7 +153,7 @@ constexpr int kTilePixels = kSingleRowVectors * kLanes;
 
 // Multiplies `count` pixels, register tile by register tile. Pixel i of row r goes to out[r * row_stride + i], or, with
 // `reuse`, to the same place for every tile, at most kTilePixels a row. Calls done(first, count) after each tile.
-template <bool prefetch, bool reuse, typename Done>
+template <int prefetches, bool reuse, typename Done>
 inline void multiply(const Product& product, int64_t row_count, int64_t count, float* out, int64_t row_stride,
                      const Done& done) {
   constexpr int half = kLanes / 2;
@@ -158,9 +163,9 @@ inline void multiply(const Product& product, int64_t row_count, int64_t count, f
     TileFunction function;
     int64_t width;
     if (row_count == 1 && left >= kTilePixels) {
-      function = gemm_tile<1, kSingleRowVectors, kLanes, prefetch>, width = kTilePixels;
+      function = gemm_tile<1, kSingleRowVectors, kLanes, prefetches ? kSingleRowVectors : 0>, width = kTilePixels;
     } else if (left > (kVectors - 1) * kLanes + (kHalfIsCheaper ? half : 0)) {
-      function = tile_for<kVectors, kLanes, prefetch>(row_count), width = kVectors * kLanes;
+      function = tile_for<kVectors, kLanes, prefetches>(row_count), width = kVectors * kLanes;
     } else if (kHalfIsCheaper && left <= half) {
       function = tile_for<1, half>(row_count), width = half;
     } else if (kVectors > 2 && left > kLanes + (kHalfIsCheaper ? half : 0)) {

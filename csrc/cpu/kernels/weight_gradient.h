@@ -97,7 +97,7 @@ void add_weight_gradient(const Convolution& conv, const Unit& unit, const float*
         const float* rows[kRows];
         for (int64_t r = 0; r < row_count; ++r) rows[r] = gradients + (first + r) * stride + begin;
         const Product product = {rows, steps, count, panel, zero};
-        multiply<false, true>(product, row_count, block, out, kTilePixels, [](int64_t, int64_t) {});
+        multiply<0, true>(product, row_count, block, out, kTilePixels, [](int64_t, int64_t) {});
         for (int64_t r = 0; r < row_count; ++r) {
           float* to = grad_weight + unit.weight_offset + unit.rows[first + r].channel * conv.weight_row;
           const float* from = out + r * kTilePixels;

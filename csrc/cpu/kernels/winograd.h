@@ -335,7 +335,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
       Product last = product;
       last.source += blocks.tails(unit.live_count);
       float* out = products + first * row_room + sum * blocks.room;
-      multiply<false, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
+      multiply<0, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
       if (tail > 0) dot(last, count, tail, out + blocks.count - tail, row_room);
     });
   }
