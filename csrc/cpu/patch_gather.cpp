@@ -266,10 +266,10 @@ Tensor patch_gather_grad_origin(const Tensor& grad,                        // [M
   const void* gradient = grad.const_data_ptr();
   const Strips strips(patches);
   std::vector<double> sums(size_t(2 * strips.count), 0.);
-  for_strips(patches, strips, [&](int64_t i, const Strip& strip, Scratch&) {
+  for_strips(patches, strips, [&](int64_t i, const Strip& strip, Scratch& scratch) {
     kernels.differentiate_patch(
         rows_of(patches, strip, patches.y(strip.patch), patches.x(strip.patch), source, from),
-        at(gradient, offset_of(patches, strip), scalar), sums.data() + 2 * i);
+        at(gradient, offset_of(patches, strip), scalar), sums.data() + 2 * i, scratch);
   });
   float* to = static_cast<float*>(grad_origin.mutable_data_ptr());
   for (int64_t m = 0; m < patches.count; ++m) {

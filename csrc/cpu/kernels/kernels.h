@@ -62,7 +62,7 @@ struct Kernels {
   void (*gather_patch)(const PatchRows&, void* target, Scratch&);
   // Adds to `sums` the derivatives along y and x of the sum of the products of the rows' samples, scaled, and a
   // gradient of the target's form.
-  void (*differentiate_patch)(const PatchRows&, const void* gradient, double* sums);
+  void (*differentiate_patch)(const PatchRows&, const void* gradient, double* sums, Scratch&);
   // Rows of a frame's gradient from those of the patches that cover it.
   void (*spread_patches)(const FrameRows&, const PatchGradient*, int64_t patch_count, Scratch&);
 };
