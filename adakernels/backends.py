@@ -87,7 +87,7 @@ def can_run_cpu(
     *,
     raise_error: bool = False,
 ) -> bool:
-    """The part of every operator's CPU predicate that does not depend on the operator but for its `dtypes`."""
+    """The part of every CPU predicate that depends on the operator in its name and `dtypes` only."""
     if not _extension.has_cpu:
         return refuse(
             op, "cpu", f"the compiled extension is not available: {_extension.why_not}", raise_error

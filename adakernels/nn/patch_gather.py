@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from adakernels.ops import _checks, patch_gather
+from adakernels.ops import _checks
+from adakernels.ops.patch_gather import patch_gather
 
 
 class PatchGather(nn.Module):
@@ -61,9 +62,7 @@ class PatchGather(nn.Module):
                 action = action * height
             else:
                 action = torch.stack((action[:, 0] * height, action[:, 1] * width), 1)
-        return patch_gather(
-            input, action, self.size, frame_index=frame_index, mean=self.mean, std=self.std
-        )
+        return patch_gather(input, action, self.size, frame_index=frame_index, mean=self.mean, std=self.std)
 
     def extra_repr(self) -> str:
         return f"size={self.size}"
