@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +54,14 @@ class Patches:
         leaves = (self.origin, self.input) if self.case.gradients == "both" else (self.origin,)
         return torch.autograd.grad(output, leaves, self.upstream)
 
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        positional = self.input, self.origin, self.case.patch
+        return positional, {"frame_index": self.frame_index, "mean": self.mean, "std": self.std}
+
     def ours(self) -> Tensor | tuple[Tensor, ...]:
         """The package's operator, and the case's gradients."""
-        return self._gradients(
-            ak.patch_gather(
-                self.input,
-                self.origin,
-                self.case.patch,
-                frame_index=self.frame_index,
-                mean=self.mean,
-                std=self.std,
-            )
-        )
+        positional, named = self._arguments()
+        return self._gradients(ak.patch_gather(*positional, **named))
 
     def sampled(self) -> Tensor | tuple[Tensor, ...]:
         """`affine_grid` and `grid_sample` of the normalised frames, and the case's gradients."""
@@ -91,4 +88,5 @@ class Patches:
 
     def backend(self) -> str | None:
         """The backend that runs the operator."""
-        return ak.explain(ak.patch_gather, self.input, self.origin, self.case.patch).backend
+        positional, named = self._arguments()
+        return ak.explain(ak.patch_gather, *positional, **named).backend

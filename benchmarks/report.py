@@ -33,6 +33,7 @@ PATCH_TITLES = {
     "patch_origin": "forward + origin",
     "patch_both": "forward + both",
 }
+PATCH_GROUPS = ("copy", "ours", "slices", "sampled")
 
 Record = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -252,7 +253,8 @@ def _verdict(target: Target, mean: float, worst: float) -> str:
         return ""
     if not (reaches(mean, target.mean) and reaches(worst, target.worst)):
         return "miss"
-    return "hit, aim too" if reaches(worst if target.mean is None else mean, target.aim) else "hit"
+    aimed = target.aim is not None and reaches(worst if target.mean is None else mean, target.aim)
+    return "hit, aim too" if aimed else "hit"
 
 
 def render_text(rows: Iterable[Row]) -> str:
