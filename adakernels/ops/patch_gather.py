@@ -258,8 +258,8 @@ def patch_gather(
     nothing is sampled outside of the frame; what has weight 0 is not read, so patches at integer origins are
     exact copies. A NaN coordinate counts as a clamped 0. Where a coordinate is clamped its gradient is zero;
     at integers it is the derivative from the right, at H - P_h and W - P_w the one from the left.
-    Source: AdaFocusV2 (Wang et al., CVPR 2022), Eq. 3 to 6; same as its `affine_grid` and `grid_sample`
-    (bilinear, align_corners=False).
+    Source: AdaFocusV2 (Wang et al., CVPR 2022), Section 3.2, without the offset of its Eq. 5; equal to
+    `affine_grid` and `grid_sample` (bilinear, align_corners=False), which its authors use.
 
     Args:
         input: [N, C, H, W] frames of floating point or uint8, contiguous or channels last.
