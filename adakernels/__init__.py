@@ -4,13 +4,14 @@ from adakernels import models, nn, policies
 from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
-from adakernels.nn import GatedConv2d
-from adakernels.ops import Policy, gated_conv2d, temporal_fuse
+from adakernels.nn import GatedConv2d, PatchGather
+from adakernels.ops import Policy, gated_conv2d, patch_gather, temporal_fuse
 from adakernels.policies import ChannelPolicy
 
 __all__ = [
     "ChannelPolicy",
     "GatedConv2d",
+    "PatchGather",
     "Policy",
     "available_backends",
     "convert",
@@ -19,6 +20,7 @@ __all__ = [
     "gated_conv2d",
     "models",
     "nn",
+    "patch_gather",
     "policies",
     "temporal_fuse",
     "use_backend",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -79,21 +79,25 @@ def refuse(op: str, backend: str, reason: str, raise_error: bool) -> bool:
     return False
 
 
-def can_run_cpu(op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
-    """The part of every operator's CPU predicate that does not depend on the operator."""
+def can_run_cpu(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    *,
+    raise_error: bool = False,
+) -> bool:
+    """The part of every CPU predicate that depends on the operator in its name and `dtypes` only."""
     if not _extension.has_cpu:
         return refuse(
             op, "cpu", f"the compiled extension is not available: {_extension.why_not}", raise_error
         )
     if device.type != "cpu":
         return refuse(op, "cpu", f"the tensors are on '{device}'", raise_error)
-    if dtype not in (torch.float32, torch.bfloat16):
-        return refuse(
-            op,
-            "cpu",
-            f"it has float32 and bfloat16 kernels, not {str(dtype).removeprefix('torch.')}",
-            raise_error,
-        )
+    if dtype not in dtypes:
+        *names, last, other = (str(d).removeprefix("torch.") for d in (*dtypes, dtype))
+        reason = f"it has {', '.join(names)} and {last} kernels, not {other}"
+        return refuse(op, "cpu", reason, raise_error)
     return True
 
 

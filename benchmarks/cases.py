@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,51 @@ class MemoryCase(LayerCase):
 
 
 @dataclass(frozen=True)
+class PatchCase:
+    """Square patches of square frames: `batch` of them, from as many frames unless `frames` says fewer.
+
+    `gradients` are those taken after the forward pass: none, "origin", or "both" (also to the frames).
+    """
+
+    batch: int
+    channels: int
+    extent: int
+    patch: int
+    dtype: torch.dtype = torch.float32
+    gradients: str | None = None
+    frames: int | None = None
+    quick: bool = False
+
+    @property
+    def family(self) -> str:
+        if self.gradients is not None:
+            return f"patch_{self.gradients}"
+        return "patch_uint8" if self.dtype == torch.uint8 else "patch_forward"
+
+    @property
+    def name(self) -> str:
+        shared = "" if self.frames is None else f"-of{self.frames}"
+        dtype = "-uint8" if self.dtype == torch.uint8 else ""
+        return f"n{self.batch}{shared}-c{self.channels}at{self.extent}to{self.patch}{dtype}"
+
+    @property
+    def seed(self) -> int:
+        return zlib.crc32(f"{self.family}/{self.name}".encode())
+
+    @property
+    def bytes(self) -> int:
+        """What cannot be left out: samples read and patches written, and the like for each gradient."""
+        read = self.batch * self.channels * (self.patch + 1) ** 2 * self.dtype.itemsize
+        patches = 4 * self.batch * self.channels * self.patch**2
+        total = read + patches
+        if self.gradients is not None:
+            total += read + patches
+        if self.gradients == "both":
+            total += patches + 4 * (self.frames or self.batch) * self.channels * self.extent**2
+        return total
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A gated model against its plain backbone; `work` is the share of the dense work that it is to do."""
 
@@ -120,7 +165,7 @@ class Target:
 
     @property
     def higher(self) -> bool:
-        return self.metric == "eta"
+        return self.metric in ("eta", "speedup")
 
     def gathers(self, record: Mapping[str, Any]) -> bool:
         """Whether `record` belongs to this row."""
@@ -238,6 +283,28 @@ MEMORY = [
     MemoryCase("memory", EFFICIENTNET_B0_DEPTHWISE[1], BATCHES[1], updated=0.5),
     MemoryCase("memory", RESNET18_CONV1[0], BATCHES[1], updated=0.5, form="fused"),
 ]
+PATCH = PatchCase(32, 3, 224, 128, quick=True)
+PATCH_GRADIENT = replace(PATCH, gradients="origin")
+WIDE_PATCH = PatchCase(8, 64, 224, 128)
+PATCHES = [
+    PATCH,
+    *(replace(PATCH, batch=batch, quick=False) for batch in (1, 8, 128)),
+    *(replace(PATCH, patch=patch, quick=False) for patch in (96, 160, 176)),
+    *(PatchCase(32, 3, 256, patch) for patch in (128, 176)),
+    PatchCase(1536, 3, 224, 96),
+    WIDE_PATCH,
+    replace(PATCH, dtype=torch.uint8),
+    PatchCase(1, 3, 224, 96, torch.uint8),
+    PatchCase(32, 3, 256, 176, torch.uint8),
+    PatchCase(128, 3, 224, 144, torch.uint8),
+    PATCH_GRADIENT,
+    *(PatchCase(batch, 3, 256, 176, gradients="origin") for batch in (1, 32)),
+    replace(PATCH_GRADIENT, dtype=torch.uint8, quick=False),
+    replace(WIDE_PATCH, gradients="origin"),
+    *(PatchCase(32, 3, 224, patch, gradients="both") for patch in (96, 128)),
+    PatchCase(64, 3, 256, 144, gradients="both", frames=8),
+    replace(WIDE_PATCH, gradients="both"),
+]
 TINY = LayerCase("overhead", ConvShape(4, 4, 4, activation=None), batch=2, updated=0.5, quick=True)
 INFERENCE_CALLS = ("no policy", "policy", "in_policy")
 TRAINING_CALLS = ("policy, recording for backward",)
@@ -255,6 +322,12 @@ TARGETS = [
     Target("AdaFuse ResNet-50, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, cases=(MODELS[1].name,)),
     Target("AdaFuse ResNet-18, 4 clips", "model", "time_ratio", cases=(MODELS[2].name,)),
     Target("AdaFuse ResNet-50, 4 clips", "model", "time_ratio", cases=(MODELS[3].name,)),
+    Target("patch gather 32x3x224² to 128²", "patch_forward", "speedup", worst=10.0, cases=(PATCH.name,)),
+    Target("the same and origin gradient", "patch_origin", "speedup", worst=10.0, cases=(PATCH.name,)),
+    Target("patch gather, all shapes", "patch_forward", "speedup"),
+    Target("patch gather, uint8", "patch_uint8", "speedup"),
+    Target("patch gather, origin gradient", "patch_origin", "speedup"),
+    Target("patch gather, both gradients", "patch_both", "speedup"),
     Target("peak memory", "memory", "memory_ratio", worst=1.1, aim=1.0),
     Target("call overhead", "overhead", "overhead_us", worst=15.0, aim=5.0, cases=INFERENCE_CALLS),
     Target("call overhead, training", "overhead", "overhead_us", worst=15.0, aim=5.0, cases=TRAINING_CALLS),

@@ -20,6 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "layer_case": cases.LAYERS,
         "backward_case": cases.BACKWARD,
         "model_case": cases.MODELS,
+        "patch_case": cases.PATCHES,
         "memory_case": cases.MEMORY,
     }
     for argument, source in sources.items():

@@ -16,7 +16,6 @@ MAX_ROUNDS = 60
 WARM_UP = 3
 CONTENDER = 1.25
 BUDGET = 0.5
-GROUPS = ("dense", "masked", "ours")
 Result = Tensor | Sequence[Tensor]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -163,6 +162,58 @@ def assert_matches(actual: Result, expected: Result, tolerance: float = 1e-4) ->
         raise AssertionError(f"result is off by {error:.3g} where the reference reaches {scale:.3g}")
 
 
+def contest(
+    benchmark: Any,
+    groups: Mapping[str, Mapping[str, Callable[[], Result]]],
+    expected: Result,
+    tolerances: Mapping[str, float],
+    *,
+    quick: bool,
+    sample_time: float = 0.0,
+) -> dict[str, Any]:
+    """Race groups of variants, one of which is "ours", and return times and winners as parts of a record.
+
+    The fastest variant of a group stands for it. Every variant of the groups in `tolerances` must match
+    `expected` first, and so must our last result timed.
+
+    Args:
+        benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
+        groups: callables by name of the variant (memory format), by name of the group.
+        quick: race only the variant of each group that was fastest in the warm-up, and for 15 rounds;
+            otherwise all that came within 25 % of it, for half a second or 15 rounds, whichever is longer.
+        sample_time: as in `Race`.
+    """
+    for group, tolerance in tolerances.items():
+        for runner in groups[group].values():
+            assert_matches(runner(), expected, tolerance)
+    runners = {
+        f"{group} {name}": runner for group, variants in groups.items() for name, runner in variants.items()
+    }
+    race = Race(runners, sample_time=sample_time)
+    warm = race.warm_up(WARM_UP)
+    for group in groups:
+        fastest = min(warm[name] for name in runners if name.startswith(group))
+        for name in runners:
+            if name.startswith(group) and warm[name] > fastest * (1 if quick else CONTENDER):
+                race.drop(name)
+    subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
+    lap_time = sum(warm[name] * race.calls[name] for name in race.runners)
+    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET))
+    assert_matches(result, expected, tolerances["ours"])
+
+    times = race.times()
+    best = {
+        group: min((name for name in times if name.startswith(group)), key=lambda name: times[name]["p50"])
+        for group in groups
+    }
+    return {"times": times, "warm_up": warm, "best": best}
+
+
+def medians(record: Mapping[str, Any]) -> dict[str, float]:
+    """The median time of each group's fastest variant, in seconds."""
+    return {group: record["times"][name]["p50"] for group, name in record["best"].items()}
+
+
 def compare(
     benchmark: Any,
     ours: Mapping[str, Callable[[], Result]],
@@ -174,47 +225,21 @@ def compare(
     quick: bool,
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
-    """Race ours against the dense and the masked baseline and return the record of it.
-
-    Each of the three is a set of variants (memory formats); the fastest of a set stands for it. Every variant
-    of ours and of the masked baseline must match `expected` first, and so must the last result timed.
+    """Race ours against the dense and the masked baseline as `contest` does and return the record of it.
 
     Args:
-        benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
         work: work_ours / work_dense.
-        quick: race only the variant of each set that was fastest in the warm-up, and for 15 rounds; otherwise
-            all that came within 25 % of it, for half a second or 15 rounds, whichever is longer.
+        tolerance: of ours and of the masked baseline; the dense one computes something else.
     """
-    for variants in (ours, masked):
-        for runner in variants.values():
-            assert_matches(runner(), expected, tolerance)
-    runners = {
-        f"{group} {name}": runner
-        for group, variants in zip(GROUPS, (dense, masked, ours), strict=True)
-        for name, runner in variants.items()
-    }
-    race = Race(runners)
-    warm = race.warm_up(WARM_UP)
-    for group in GROUPS:
-        fastest = min(warm[name] for name in runners if name.startswith(group))
-        for name in runners:
-            if name.startswith(group) and warm[name] > fastest * (1 if quick else CONTENDER):
-                race.drop(name)
-    subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
-    lap_time = sum(warm[name] for name in race.runners)
-    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET))
-    assert_matches(result, expected, tolerance)
-
-    times = race.times()
-    best = {
-        group: min((name for name in times if name.startswith(group)), key=lambda name: times[name]["p50"])
-        for group in GROUPS
-    }
-    seconds = {group: times[name]["p50"] for group, name in best.items()}
-    return {
-        "times": times,
-        "warm_up": warm,
-        "best": best,
+    record = contest(
+        benchmark,
+        {"dense": dense, "masked": masked, "ours": ours},
+        expected,
+        {"ours": tolerance, "masked": tolerance},
+        quick=quick,
+    )
+    seconds = medians(record)
+    return record | {
         "work_ratio": work,
         "time_ratio": seconds["ours"] / seconds["dense"],
         "masked_ratio": seconds["ours"] / seconds["masked"],

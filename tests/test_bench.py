@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import cases, clips, measure, memory, networks, report  # noqa: E402
 from benchmarks.cases import KEEP, REUSE, SKIP, ConvShape, LayerCase  # noqa: E402
 from benchmarks.layers import Layer  # noqa: E402
+from benchmarks.patches import Patches  # noqa: E402
 
 
 class Clock:
@@ -224,14 +226,12 @@ def test_floor_counts_bytes() -> None:
 
 
 def test_cases() -> None:
-    names = [
-        f"{case.family}-{case.name}" for case in cases.LAYERS + cases.MODELS + cases.MEMORY + cases.BACKWARD
-    ]
+    known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY + cases.PATCHES
+    names = [f"{case.family}-{case.name}" for case in known]
     assert len(set(names)) == len(names)
     assert {case.batch for case in cases.LAYERS} == {8, 32}
     assert ConvShape(64, 128, 56, stride=2).out_size == 28
     for target in cases.TARGETS:
-        known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY
         found = [c for c in known if target.gathers(as_record(c))]
         assert found or target.family == "overhead", target
 
@@ -246,6 +246,60 @@ def test_layer_forms_agree() -> None:
             measure.assert_matches(form.masked(), expected)
             measure.assert_matches(form.ours(), expected)
         assert 0 < layer.work < 0.6
+
+
+@pytest.mark.parametrize("gradients", [None, "origin", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("frames", [None, 3])
+def test_patch_forms_agree(dtype: torch.dtype, frames: int | None, gradients: str | None) -> None:
+    if dtype == torch.uint8 and gradients == "both":
+        gradients = "origin"
+    plain = Patches(cases.PatchCase(4, 2, 17, 6, dtype, gradients, frames))
+    expected = plain.ours()
+    for name in measure.FORMATS:
+        form = plain.in_format(name)
+        measure.assert_matches(form.ours(), expected)
+        measure.assert_matches(form.sampled(), expected, 1e-3)
+    # Slices are what whole origins give.
+    plain.origin = torch.tensor(plain.corners, dtype=torch.float32)
+    plain.case, plain.input = replace(plain.case, gradients=None), plain.input.detach()
+    measure.assert_matches(plain.slices(), plain.ours())
+
+
+def test_patch_bytes() -> None:
+    case = cases.PatchCase(4, 3, 10, 5, torch.uint8, frames=2)
+    read, patches = 4 * 3 * 6 * 6, 4 * 3 * 5 * 5 * 4
+    assert case.bytes == read + patches
+    assert replace(case, gradients="origin").bytes == 2 * (read + patches)
+    both = replace(case, gradients="both", dtype=torch.float32)
+    assert both.bytes == 2 * (4 * read + patches) + patches + 2 * 3 * 10 * 10 * 4
+
+
+def as_patch_record(case: cases.PatchCase, speedup: float, copy_ratio: float) -> dict[str, Any]:
+    seconds = {"copy": 1e-3, "sampled": 2e-2, "ours": 2e-3}
+    times = {name: {"p20": t, "p50": t, "p80": t, "rounds": 15} for name, t in seconds.items()}
+    return {
+        "family": case.family,
+        "case": case.name,
+        "bytes": 4e7,
+        "times": times,
+        "best": {name: name for name in times},
+        "speedup": speedup,
+        "copy_ratio": copy_ratio,
+    }
+
+
+def test_patch_rows() -> None:
+    records = [as_patch_record(cases.PATCH, 12.0, 1.5), as_patch_record(cases.PATCHES[1], 3.0, 6.0)]
+    rows = report.summarise(records)
+    assert [row.verdict for row in rows] == ["hit", ""]
+    assert rows[0].cells()[2] == "12.0x faster (1.50x a copy)" and "≥ 10.00 each" in rows[0].cells()
+    assert rows[1].cells()[2] == "6.0x faster mean, 3.0x min (3.00x a copy)"
+    assert [row.verdict for row in report.summarise([as_patch_record(cases.PATCH, 9.9, 1.0)])] == ["miss", ""]
+    # 40 MB at 20 GB/s take 2 ms.
+    page = report.render_patches(results_with(records))
+    name = cases.PATCH.name
+    assert f"| forward | {name} | 40.0 | 2.000 | 1.000 | 2.000 |  | 20.000 | 1.0x | 12.0x |" in page
 
 
 def test_clips() -> None:
@@ -315,7 +369,9 @@ def test_peak_memory_sees_tensors_and_native_scratch() -> None:
     assert int(done.stdout) == pytest.approx(96 << 20, rel=0.05)
 
 
-def as_record(case: LayerCase | cases.ModelCase, eta: float = 0.9, **more: Any) -> dict[str, Any]:
+def as_record(
+    case: LayerCase | cases.ModelCase | cases.PatchCase, eta: float = 0.9, **more: Any
+) -> dict[str, Any]:
     times = {
         name: {"p20": t, "p50": t, "p80": t, "rounds": 15} for name, t in (("dense", 2e-3), ("ours", 1e-3))
     }
@@ -436,6 +492,7 @@ def test_pages_are_rewritten(tmp_path: Path) -> None:
 def test_our_pages_have_their_markers() -> None:
     assert "<!-- bench:table -->" in (ROOT / "README.md").read_text()
     assert "<!-- bench:gap -->" in (ROOT / "docs" / "gated_conv2d.md").read_text()
+    assert "<!-- bench:patches -->" in (ROOT / "docs" / "patch_gather.md").read_text()
 
 
 def test_device_slug() -> None:

@@ -2,6 +2,7 @@
 
 from adakernels import _extension
 from adakernels.ops.gated_conv2d import gated_conv2d, gated_conv2d_flops, gated_conv2d_reference
+from adakernels.ops.patch_gather import patch_gather, patch_gather_reference
 from adakernels.ops.policy import Policy, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
@@ -11,6 +12,8 @@ __all__ = [
     "gated_conv2d_flops",
     "gated_conv2d_reference",
     "needed_channels",
+    "patch_gather",
+    "patch_gather_reference",
     "temporal_fuse",
     "temporal_fuse_reference",
 ]

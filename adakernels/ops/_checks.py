@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+from adakernels.ops._library import library
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +86,54 @@ def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts,
             f"{op}: expected {name} of the dtype of {other_name}, {_name(other[1])}, got {_name(tensor[1])}"
         ),
     )
+
+
+def integer(op: str, name: str, value: Any, least: int) -> int:
+    """The value, which must be an int of at least `least`."""
+    check_type(
+        isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool),
+        lambda: f"{op}: expected {name} to be an int, got {type(value).__name__}",
+    )
+    check_value(value >= least, lambda: f"{op}: expected {name} of at least {least}, got {value}")
+    return value
+
+
+def per_dimension(op: str, name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
+    """`rank` ints of at least `least`, from that many or from one for all."""
+    if not isinstance(value, (tuple, list)):
+        return (integer(op, name, value, least),) * rank
+    check_value(
+        len(value) == rank,
+        lambda: f"{op}: expected {name} to be an int or {rank} of them, got {len(value)}",
+    )
+    return tuple(integer(op, name, v, least) for v in value)
+
+
+# An operator, so that the check also runs inside a compiled graph.
+library.define("checked_range(Tensor values, SymInt end, str sentence) -> Tensor")
+
+
+@torch.library.impl(library, "checked_range", "CompositeExplicitAutograd")
+def _checked_range(values: Tensor, end: int, sentence: str) -> Tensor:
+    readable = values.device.type == "cpu" or os.environ.get("ADAKERNELS_DEBUG") == "1"
+    if readable and values.numel() > 0:
+        least, most = (int(value) for value in values.aminmax())
+        check_value(
+            least >= 0 and most < end,
+            lambda: f"{sentence.format(end - 1)}, got {least if least < 0 else most}",
+        )
+    return values.to(torch.int64, copy=True)
+
+
+@torch.library.register_fake("adakernels::checked_range", lib=library)
+def _checked_range_fake(values: Tensor, end: int, sentence: str) -> Tensor:
+    return torch.empty_like(values, dtype=torch.int64)
+
+
+def checked_range(values: Tensor, end: int, sentence: str) -> Tensor:
+    """Integers as int64, which must be in 0..end - 1: looked at on the CPU always, elsewhere with
+    `ADAKERNELS_DEBUG=1`. The error is `sentence`, formatted with end - 1, and the number that is wrong."""
+    return torch.ops.adakernels.checked_range.default(values, end, sentence)
 
 
 def check_frames(op: str, frames: Any, batch: int) -> None:

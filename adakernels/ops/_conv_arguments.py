@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,7 +61,7 @@ def conv_arguments(
         all(size >= 1 for size in weight[0]),
         lambda: f"{op}: expected weight without empty dimensions, got shape {list(weight[0])}",
     )
-    groups = _integer(op, "groups", groups, 1)
+    groups = _checks.integer(op, "groups", groups, 1)
     channels, out_channels = input[0][1], weight[0][0]
     _checks.check_value(
         channels % groups == 0 and out_channels % groups == 0,
@@ -78,8 +77,8 @@ def conv_arguments(
     if bias is not None:
         _checks.check_shape(op, "bias", bias[0], (out_channels,), "C_out")
         _checks.check_same(op, "bias", bias, "input", input)
-    strides = _per_dimension(op, "stride", stride, rank, 1)
-    dilations = _per_dimension(op, "dilation", dilation, rank, 1)
+    strides = _checks.per_dimension(op, "stride", stride, rank, 1)
+    dilations = _checks.per_dimension(op, "dilation", dilation, rank, 1)
     reach = tuple(d * (k - 1) for d, k in zip(dilations, weight[0][2:], strict=True))
     paddings, pad = _padding(op, padding, strides, reach, rank)
     padded = tuple(size + 2 * p for size, p in zip(input[0][2:], paddings, strict=True))
@@ -111,30 +110,11 @@ def activate(input: Tensor, activation: str | None) -> Tensor:
     return input
 
 
-def _integer(op: str, name: str, value: Any, least: int) -> int:
-    _checks.check_type(
-        isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool),
-        lambda: f"{op}: expected {name} to be an int, got {type(value).__name__}",
-    )
-    _checks.check_value(value >= least, lambda: f"{op}: expected {name} of at least {least}, got {value}")
-    return value
-
-
-def _per_dimension(op: str, name: str, value: Any, rank: int, least: int) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)):
-        return (_integer(op, name, value, least),) * rank
-    _checks.check_value(
-        len(value) == rank,
-        lambda: f"{op}: expected {name} to be an int or {rank} of them, got {len(value)}",
-    )
-    return tuple(_integer(op, name, v, least) for v in value)
-
-
 def _padding(
     op: str, padding: Any, stride: tuple[int, ...], reach: tuple[int, ...], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not isinstance(padding, str):
-        return _per_dimension(op, "padding", padding, rank, 0), ()
+        return _checks.per_dimension(op, "padding", padding, rank, 0), ()
     _checks.check_value(
         padding in ("same", "valid"),
         lambda: f"{op}: expected padding to be numbers, 'same' or 'valid', got {padding!r}",

@@ -22,12 +22,13 @@ def dense(input: Tensor, like: Tensor | None = None) -> Tensor:
     return input.contiguous(memory_format=memory_format(input if like is None else like))
 
 
-def empty_in_format(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uninitialised, with the dtype, the device and, where the rank is the same, the format of `like`."""
+def empty_in_format(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, with the device and, unless told otherwise, the dtype of `like`, and its format where
+    the rank is the same."""
     same_rank = len(shape) == like.dim()
     return torch.empty(
         shape,
-        dtype=like.dtype,
+        dtype=dtype or like.dtype,
         device=like.device,
         memory_format=memory_format(like) if same_rank else torch.contiguous_format,
     )

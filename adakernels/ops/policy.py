@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from adakernels.ops._library import library
+from adakernels.ops import _checks
 
 
 class Policy(IntEnum):
@@ -68,38 +67,11 @@ def next_frame(
     return torch.cat([clips[:, 1:], torch.zeros_like(clips[:, :1])], dim=1).flatten(0, 1)
 
 
-# An operator of its own, so that the check also runs inside a compiled graph.
-library.define("checked_policy(Tensor policy, str op, str name) -> Tensor")
-
-
-@torch.library.impl(library, "checked_policy", "CompositeExplicitAutograd")
-def _checked_policy(
-    policy: Tensor,  # [N, C]
-    op: str,
-    name: str,
-) -> Tensor:  # [N, C]
-    readable = policy.device.type == "cpu" or os.environ.get("ADAKERNELS_DEBUG") == "1"
-    if readable and policy.numel() > 0:
-        least, most = (int(value) for value in policy.aminmax())
-        torch._check_value(
-            least >= 0 and most <= 2,
-            lambda: (
-                f"{op}: expected {name} values 0 (KEEP), 1 (REUSE) or 2 (SKIP), "
-                f"got {least if least < 0 else most}"
-            ),
-        )
-    return policy.to(torch.int64, copy=True)
-
-
-@torch.library.register_fake("adakernels::checked_policy", lib=library)
-def _checked_policy_fake(policy: Tensor, op: str, name: str) -> Tensor:
-    return torch.empty_like(policy, dtype=torch.int64)
-
-
 def checked_policy(
     policy: Tensor,  # [N, C]
     op: str,
     name: str,
 ) -> Tensor:  # [N, C]
     """The policy as int64, its values checked on the CPU always and elsewhere with `ADAKERNELS_DEBUG=1`."""
-    return torch.ops.adakernels.checked_policy.default(policy, op, name)
+    sentence = f"{op}: expected {name} values 0 (KEEP), 1 (REUSE) or 2 (SKIP)"
+    return _checks.checked_range(policy, len(Policy), sentence)

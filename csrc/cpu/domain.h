@@ -6,7 +6,7 @@
 
 namespace adakernels {
 
-enum class Scalar : int32_t { f32, bf16 };
+enum class Scalar : int32_t { f32, bf16, u8 };
 
 // The order is the operator schema's `activation` argument.
 enum class Activation : int32_t { none, relu, relu6, silu };

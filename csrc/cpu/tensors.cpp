@@ -17,16 +17,6 @@ using torch::stable::Tensor;
 
 namespace {
 
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
-}
-
 // malloc may map memory of this size anew at every call, and faulting 4 KiB pages in costs more than computing what
 // goes there: ask for larger pages.
 void advise_huge_pages(void* data, int64_t bytes) {
@@ -39,6 +29,18 @@ void advise_huge_pages(void* data, int64_t bytes) {
 }
 
 }  // namespace
+
+bool has_format(const Tensor& tensor, bool channels_last) {
+  if (!channels_last) return tensor.is_contiguous();
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+bool is_channels_last(const Tensor& tensor) { return !tensor.is_contiguous() && has_format(tensor, true); }
 
 FloatArray floats(const std::optional<Tensor>& tensor) {
   FloatArray array;
@@ -71,13 +73,14 @@ Planes planes_of(const Tensor& tensor) {
           tensor.stride(3)};
 }
 
-Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes) {
+Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, bool as_float) {
   const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
   const auto at_least_1 = [](int64_t n) { return n > 0 ? n : 1; };
   const int64_t c = at_least_1(C), h = at_least_1(H), w = at_least_1(W);
   const int64_t planar[4] = {c * h * w, h * w, w, 1}, channels_last[4] = {c * h * w, 1, w * c, c};
   int32_t dtype, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (as_float) dtype = aoti_torch_dtype_float32();
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), is_channels_last(like) ? channels_last : planar,

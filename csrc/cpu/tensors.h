@@ -35,8 +35,16 @@ void check_features(const torch::stable::Tensor& tensor, const char* name);
 // The frames of a float32 or bfloat16 tensor of any strides. [N, C, H, W]
 Planes planes_of(const torch::stable::Tensor& tensor);
 
-// An uninitialised tensor of `like`'s dtype, channels-last where `like` is that and not contiguous. sizes: [N, C, H, W]
-torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes);
+// Whether a tensor of four dimensions is channels-last and not contiguous too. [N, C, H, W]
+bool is_channels_last(const torch::stable::Tensor& tensor);
+
+// Whether it lies in memory without gaps, in the order of one of the two formats. [N, C, H, W]
+bool has_format(const torch::stable::Tensor& tensor, bool channels_last);
+
+// An uninitialised tensor, channels-last where `like` is that and not contiguous, of `like`'s dtype or of float32.
+// sizes: [N, C, H, W]
+torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
+                                        bool as_float = false);
 
 // A contiguous int64 policy; throws unless its values are 0, 1 or 2. op, name: whose argument it is. [N, C]
 PolicyValues policy_values(const std::optional<torch::stable::Tensor>& policy, int64_t frame_count, int64_t channels,

@@ -213,6 +213,99 @@ def test_temporal_fuse(path: str, case: tuple[Callable[[], dict[str, Any]], type
         ak.temporal_fuse(**arguments | make())
 
 
+BAD_PATCHES: list[tuple[Callable[[], dict[str, Any]], type[Exception], str]] = [
+    (lambda: {"input": 1}, TypeError, "expected input to be a Tensor, got int"),
+    (lambda: {"origin": [[0, 0]]}, TypeError, "expected origin to be a Tensor, got list"),
+    (lambda: {"frame_index": [0] * 4}, TypeError, "expected frame_index to be a Tensor, got list"),
+    (lambda: {"mean": 0.5}, TypeError, "expected mean to be a Tensor or a sequence of numbers, got 0.5"),
+    (lambda: {"std": "abc"}, TypeError, "expected std to be a Tensor or a sequence of numbers, got 'abc'"),
+    (
+        lambda: {"input": torch.ones(6, 9, 8)},
+        ValueError,
+        "expected input of rank 4 [N, C, H, W], got shape [6, 9, 8]",
+    ),
+    (
+        lambda: {"input": torch.ones(4, 3, 9, 8, dtype=torch.int64)},
+        TypeError,
+        "expected input that is not uint8 of dtype float32, float64, float16 or bfloat16, got int64",
+    ),
+    (lambda: {"origin": torch.ones(4)}, ValueError, "expected origin of rank 2 [M, 2], got shape [4]"),
+    (
+        lambda: {"origin": torch.ones(4, 3)},
+        ValueError,
+        "expected origin of shape [M, 2] = [4, 2], got [4, 3]",
+    ),
+    (
+        lambda: {"origin": ints(4, 2)},
+        TypeError,
+        "expected origin of dtype float32, float64, float16 or bfloat16, got int64",
+    ),
+    (
+        lambda: {"origin": torch.ones(5, 2), "frame_index": None},
+        ValueError,
+        "expected an origin for each of N = 4 frames, or a frame_index, got M = 5",
+    ),
+    (lambda: {"size": 0}, ValueError, "expected size of at least 1, got 0"),
+    (lambda: {"size": (4, -1)}, ValueError, "expected size of at least 1, got -1"),
+    (lambda: {"size": 4.0}, TypeError, "expected size to be an int, got float"),
+    (lambda: {"size": (4, 4, 4)}, ValueError, "expected size to be an int or 2 of them, got 3"),
+    (lambda: {"size": (10, 8)}, ValueError, "expected a size within [H, W] = [9, 8], got [10, 8]"),
+    (lambda: {"size": 9}, ValueError, "expected a size within [H, W] = [9, 8], got [9, 9]"),
+    (lambda: {"frame_index": ints(3)}, ValueError, "expected frame_index of shape [M] = [4], got [3]"),
+    (lambda: {"frame_index": ints(4, 1)}, ValueError, "expected frame_index of shape [M] = [4], got [4, 1]"),
+    (
+        lambda: {"frame_index": torch.ones(4)},
+        TypeError,
+        "expected frame_index of an integer dtype, got float32",
+    ),
+    (
+        lambda: {"input": torch.ones(0, 3, 9, 8)},
+        ValueError,
+        "expected a frame to cut M = 4 patches from, got N = 0",
+    ),
+    (lambda: {"mean": None}, ValueError, "expected both mean and std or neither, got std alone"),
+    (lambda: {"std": None}, ValueError, "expected both mean and std or neither, got mean alone"),
+    (lambda: {"mean": [0.5]}, ValueError, "expected mean of shape [C] = [3], got [1]"),
+    (lambda: {"std": torch.ones(4)}, ValueError, "expected std of shape [C] = [3], got [4]"),
+    (
+        lambda: {"std": ints(3)},
+        TypeError,
+        "expected std of dtype float32, float64, float16 or bfloat16, got int64",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BAD_PATCHES, ids=[case[2] for case in BAD_PATCHES])
+def test_patch_gather(path: str, case: tuple[Callable[[], dict[str, Any]], type[Exception], str]) -> None:
+    make, error, sentence = case
+    arguments = {
+        "input": torch.ones(4, 3, 9, 8),
+        "origin": torch.ones(4, 2),
+        "size": 4,
+        "frame_index": ints(4),
+        "mean": torch.ones(3),
+        "std": torch.ones(3),
+    }
+    ak.patch_gather(**arguments)
+    with pytest.raises(error, match=re.escape(f"patch_gather: {sentence}")):
+        ak.patch_gather(**arguments | make())
+
+
+@pytest.mark.parametrize("name", ["origin", "frame_index", "mean", "std"])
+def test_patches_on_different_devices(name: str) -> None:
+    arguments = {
+        "input": torch.ones(4, 3, 9, 8),
+        "origin": torch.ones(4, 2),
+        "frame_index": ints(4),
+        "mean": torch.ones(3),
+        "std": torch.ones(3),
+    }
+    arguments[name] = arguments[name].to("meta")
+    sentence = f"patch_gather: expected {name} on the device of input, 'cpu', got 'meta'"
+    with pytest.raises(ValueError, match=sentence):
+        ak.patch_gather(**arguments, size=4)
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "policy", "in_policy"])
 def test_tensors_on_different_devices(name: str) -> None:
     arguments = {

@@ -89,10 +89,34 @@ def fuse(guard: bool, dtype: torch.dtype, layout: torch.memory_format, soft: boo
     return [output.detach(), *torch.autograd.grad(output, leaves, place(grad))]
 
 
+def cut(
+    guard: bool, dtype: torch.dtype, layout: torch.memory_format, patch: tuple[int, int], size: int
+) -> list[Tensor]:
+    """Patches at the very ends, among them one that lies within the last row and column but a fraction."""
+    place = guarded if guard else torch.clone
+    torch.manual_seed(0)
+    input = torch.randint(0, 256, (2, 5, size, size), dtype=torch.uint8)
+    input = place(input.to(dtype).contiguous(memory_format=layout))
+    room = torch.tensor([size - p for p in patch])
+    places = torch.stack([room.float(), (room - 0.25).clamp(min=0), room + 3.0, room * torch.rand(2)])
+    origin, index = place(places).requires_grad_(), place(torch.ones(4, dtype=torch.int64))
+    mean, std = (place(torch.rand(5) + 1) for _ in range(2))
+    leaves = [origin, *([input.requires_grad_()] if dtype.is_floating_point else [])]
+    output = ak.patch_gather(input, origin, patch, frame_index=index, mean=mean, std=std)
+    grad = torch.randn(output.shape).to(output.dtype).contiguous(memory_format=layout)
+    return [output.detach(), *torch.autograd.grad(output, leaves, place(grad))]
+
+
 def assert_guard_changes_nothing() -> None:
     calls = [(convolve, name, size) for name, case in CONVOLUTIONS.items() for size in case[-1]]
     calls += [(fuse, soft, size) for soft in (False, True) for size in (1, 7, 10)]
+    patches = [((p, q), size) for size in (1, 7, 16, 33) for p in {1, size // 2 + 1, size} for q in {1, size}]
     formats = (torch.contiguous_format, torch.channels_last)
+    for dtype, layout in itertools.product((torch.float32, torch.bfloat16, torch.uint8), formats):
+        for patch, size in patches:
+            print(dtype, layout, cut.__name__, patch, size, flush=True)
+            got, want = cut(True, dtype, layout, patch, size), cut(False, dtype, layout, patch, size)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     for dtype, layout in itertools.product((torch.float32, torch.bfloat16), formats):
         for function, kind, size in calls:
             # Known before the call, as the process may end in it.

@@ -143,7 +143,7 @@ def test_opcheck(soft: bool, layout: str) -> None:
 
 def test_opcheck_of_the_value_check() -> None:
     for policy in (torch.randint(0, 3, (4, 6)), torch.randint(0, 3, (6, 4), dtype=torch.uint8).t()):
-        torch.library.opcheck(torch.ops.adakernels.checked_policy.default, (policy, "op", "policy"))
+        torch.library.opcheck(torch.ops.adakernels.checked_range.default, (policy, 3, "expected"))
 
 
 @pytest.mark.usefixtures("backend")

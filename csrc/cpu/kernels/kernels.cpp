@@ -3,6 +3,7 @@
 #include "depthwise.h"
 #include "direct.h"
 #include "fuse.h"
+#include "patch_gather.h"
 #include "weight_gradient.h"
 #include "winograd.h"
 
@@ -22,6 +23,9 @@ const Kernels kernels = {
     .add_weight_gradient = add_weight_gradient,
     .mix_planes = mix_planes,
     .dot_planes = dot_planes,
+    .gather_patch = gather_patch,
+    .differentiate_patch = differentiate_patch,
+    .spread_patches = spread_patches,
 };
 
 }  // namespace adakernels::ADAKERNELS_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../domain.h"
+#include "../patch.h"
 
 namespace adakernels {
 
@@ -56,6 +57,14 @@ struct Kernels {
                      float other, int64_t other_frame);
   // The sum over a channel's plane of the products of two stacks' frames.
   double (*dot_planes)(const Planes& a, int64_t a_frame, const Planes& b, int64_t b_frame, int64_t channel);
+  // The rows of a patch: bilinear samples, scaled and shifted. target: [row_count, count] of float32, or of the
+  // patch's scalar type if that is bf16
+  void (*gather_patch)(const PatchRows&, void* target, Scratch&);
+  // Adds to `sums` the derivatives along y and x of the sum of the products of the rows' samples, scaled, and a
+  // gradient of the target's form.
+  void (*differentiate_patch)(const PatchRows&, const void* gradient, double* sums, Scratch&);
+  // Rows of a frame's gradient from those of the patches that cover it.
+  void (*spread_patches)(const FrameRows&, const PatchGradient*, int64_t patch_count, Scratch&);
 };
 
 namespace portable {
