@@ -16,7 +16,7 @@ struct Normalisation {
 
 // Rows of one patch. A row is a run of `count` numbers: pixels of one channel or, channels-last, all channels of the
 // pixels. Each is a sample between four numbers of the source: the one it lies at and those `right`, `down` and both
-// behind it, of which no one is read whose weight is 0.
+// behind it. Those of weight 0 are read for derivatives only.
 struct PatchRows {
   Scalar scalar;
   const void* source;

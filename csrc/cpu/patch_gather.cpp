@@ -254,9 +254,10 @@ Tensor patch_gather_grad_origin(const Tensor& grad,                        // [M
   check_features(grad, "patch_gather: gradient");
   const Patches patches(origin, frame_index, std::nullopt, std, sizes_of(input), grad.size(2), grad.size(3),
                         channels_last, unit_of(input));
-  STD_TORCH_CHECK(grad.size(0) == patches.count && grad.size(1) == patches.channels && has_format(grad, channels_last) &&
-                      grad.scalar_type() == (input.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16
-                                                                                         : ScalarType::Float),
+  const ScalarType output =
+      input.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  STD_TORCH_CHECK(grad.size(0) == patches.count && grad.size(1) == patches.channels &&
+                      has_format(grad, channels_last) && grad.scalar_type() == output,
                   "patch_gather: expected a gradient of the output's shape, dtype and memory format");
   Tensor grad_origin = torch::stable::new_zeros(origin, {patches.count, 2});
   if (grad.numel() == 0) return grad_origin;

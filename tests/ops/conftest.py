@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -38,3 +40,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         request.getfixturevalue("cpu_backend")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def on_instruction_set(request: pytest.FixtureRequest, cpu_backend: None) -> Callable[..., None]:
+    """Runs tests, named as for pytest's command, in a process of their own on each instruction set."""
+    environment = os.environ | {"ADAKERNELS_CPU_ISA": request.param}
+    command = [sys.executable, "-c", "from adakernels import _C; print(_C.best_isa())"]
+    chosen = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    if chosen.stdout.strip() != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+
+    def run(*tests: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+    return run

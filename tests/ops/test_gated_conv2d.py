@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -348,23 +345,8 @@ def test_wrong_results_are_beyond_rounding(
             check_backward(case)
 
 
-@pytest.mark.usefixtures("cpu_backend")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    environment = os.environ | {"ADAKERNELS_CPU_ISA": isa}
-    chosen = subprocess.run(
-        [sys.executable, "-c", "from adakernels import _C; print(_C.best_isa())"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    if chosen != isa:
-        pytest.skip(f"this processor has no {isa}")
-    tests = f"{Path(__file__)}::test_fixed_cases"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def test_every_instruction_set(on_instruction_set: Callable[..., None]) -> None:
+    on_instruction_set(f"{Path(__file__)}::test_fixed_cases", "-k", "cpu")
 
 
 def test_reference_is_the_definition() -> None:

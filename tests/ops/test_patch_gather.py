@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -395,6 +396,11 @@ def test_number_of_threads_changes_no_bit(dtype: torch.dtype, layout: str) -> No
     want = results(1)
     for threads in (2, 3, 2):
         assert all(torch.equal(a, b) for a, b in zip(results(threads), want, strict=True)), threads
+
+
+def test_every_instruction_set(on_instruction_set: Callable[..., None]) -> None:
+    tests = ("fuzz", "kernels_are_affine_grid_and_grid_sample", "integer_and_border_origins_are_slices")
+    on_instruction_set(*(f"{Path(__file__)}::test_{test}" for test in tests))
 
 
 BAD_RAW_CALLS: dict[str, dict[str, Any]] = {

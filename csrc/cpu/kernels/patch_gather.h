@@ -158,10 +158,11 @@ void differentiate_patch(const PatchRows& patch, const void* gradient, double* s
     differentiate_typed<uint8_t>(patch, gradient, sums, scratch);
 }
 
-// to[i] += scale * (a * x[i] + b * y[i]), and as much again of what lies `left` before x and y unless that is 0.
+// to[i] += scale * fraction * (a * x[i] + b * y[i]), or, of four taps, scale times the sample between that sum and the
+// one `left` numbers before it.
 template <typename T, bool four>
-inline void add_taps(float* __restrict to, const T* __restrict x, const T* __restrict y, float a, float b, float fraction,
-                     int64_t left, int64_t count, const Normalisation& n) {
+inline void add_taps(float* __restrict to, const T* __restrict x, const T* __restrict y, float a, float b,
+                     float fraction, int64_t left, int64_t count, const Normalisation& n) {
   const T* __restrict u = x - left;
   const T* __restrict v = y - left;
   const auto sum = [&](int64_t i) {
