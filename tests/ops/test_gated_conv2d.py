@@ -121,12 +121,21 @@ FIXED = [
     Case(kernel=(1, 1), padding=(0, 0), stride=(2, 2), channels=40, out_channels=24, grad_layout="expanded"),
     Case(channels=64, out_channels=64, size=(13, 13), policy="few_channels", in_policy="few_channels"),
     Case(stride=(2, 2), size=(28, 28), channels=24, out_channels=40, activation="relu"),
-    Case(stride=(2, 2), size=(27, 36), channels=33, out_channels=9, in_policy="mixed", layout="channels_last"),
+    Case(
+        stride=(2, 2), size=(27, 36), channels=33, out_channels=9, in_policy="mixed", layout="channels_last"
+    ),
     Case(stride=(2, 2), padding=(0, 2), size=(53, 20), channels=16, out_channels=17, activation="silu"),
     Case(stride=(2, 1), size=(28, 14), channels=8, out_channels=24),
     Case(size=(12, 68), channels=48, out_channels=19, policy="reuse"),
     Case(size=(7, 7), channels=200, out_channels=48, frames=2, activation="relu"),
-    Case(size=(9, 9), kernel=(5, 5), padding=(2, 2), channels=30, out_channels=32, weight_layout="channels_last"),
+    Case(
+        size=(9, 9),
+        kernel=(5, 5),
+        padding=(2, 2),
+        channels=30,
+        out_channels=32,
+        weight_layout="channels_last",
+    ),
     Case(size=(14, 9), stride=(2, 2), channels=70, out_channels=33, in_policy="mixed", frames=8, clips=1),
     Case(clips=0),
     Case(frames=1, policy="reuse"),
