@@ -53,8 +53,8 @@ bool gathers_points(const Convolution& conv, const Unit& unit) {
          unit.row_count >= kFewestRows;
 }
 
-bool is_gapless(const Unit& unit) {
-  return unit.live_count > 0 && unit.live[unit.live_count - 1].channel - unit.live[0].channel + 1 == unit.live_count;
+int64_t channel_span(const Route* routes, int64_t count) {
+  return count == 0 ? 0 : routes[count - 1].channel - routes[0].channel + 1;
 }
 
 }  // namespace adakernels

@@ -88,8 +88,8 @@ bool reads_in_place(const Convolution& conv);
 // takes as many rows of weights to pay.
 bool gathers_points(const Convolution& conv, const Unit& unit);
 
-// Whether a unit's live channels are neighbours.
-bool is_gapless(const Unit& unit);
+// How many channels there are from the first of a sorted list to its last.
+int64_t channel_span(const Route* routes, int64_t count);
 
 // Part of a unit: a rectangle of the grid and a range of the unit's rows.
 struct Tile {

@@ -45,8 +45,7 @@ void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
   for (const Unit& unit : units) {
-    const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, Tile{0, 1, 0, block_columns, 0, 0},
-                                                               std::max<int64_t>(1, unit.live_count));
+    const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, unit, Tile{0, 1, 0, block_columns, 0, 0});
     const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
     const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);

@@ -85,7 +85,7 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
       static_cast<const float*>(planes.data) + unit.frame * planes.frame_stride + tile.x_begin;
   const int64_t live_count = unit.live_count, first_live = live_count > 0 ? unit.live[0].channel : 0;
   const int64_t count = tile.x_end - tile.x_begin, whole = count / kLanes * kLanes, rest = count - whole;
-  const bool gapless = live_count > 0 && unit.live[live_count - 1].channel - first_live + 1 == live_count;
+  const bool gapless = live_count > 0 && channel_span(unit.live, live_count) == live_count;
   const bool dots = rest <= kLanes / 2 && gapless && conv.weight_channel == 1;
   Layout layout;
   const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
@@ -167,7 +167,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   const int64_t width = grid_width + conv.shift_x, height = grid_height + conv.shift_y, plane = width * height;
   const bool in_order = conv.weight_channel == tap_count && conv.taps[1].weight == 1;
   const int64_t rest = point_count % kLanes;
-  const int64_t tail = in_order && is_gapless(unit) && point_count > rest && rest <= kMostDots ? rest : 0;
+  const int64_t tail = in_order && point_count > rest && rest <= kMostDots ? rest : 0;
   const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes;
   const int64_t fitting = kSourceBytes / 4 / (tap_count * pitch);
   const int64_t chunk = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, unit.live_count));
@@ -178,7 +178,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   const int64_t steps_at = layout.add<Step>(chunk * tap_count);
   const int64_t patch_at = layout.add<float>(phase_count * plane + 2 * kTilePixels);
   const int64_t points_at = layout.add<float>(chunk * tap_count * pitch + kTilePixels);
-  const int64_t tails_at = layout.add<float>(tail * chunk * tap_count);
+  const int64_t tails_at = layout.add<float>(tail * channel_span(unit.live, unit.live_count) * tap_count);
   const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * row_room);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Window* windows = reinterpret_cast<Window*>(memory + windows_at);
@@ -199,6 +199,9 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   for (int64_t begin = 0; begin == 0 || begin < unit.live_count; begin += chunk) {
     const int64_t live_count = std::min(chunk, unit.live_count - begin), step_count = live_count * tap_count;
     const Route* live = unit.live + begin;
+    // The few last points' columns go by all channels, with zeros for dead ones, as the weights do that they meet.
+    const int64_t span = channel_span(live, live_count) * tap_count;
+    std::fill_n(tails, tail * span, 0.f);
     for (int64_t i = 0; i < live_count; ++i) {
       copy_phases(patch, plane, width, conv.source, unit.frame, live[i], windows, phase_count);
       const bool last = begin + i + 1 == unit.live_count;
@@ -214,8 +217,9 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
         float* to = points + k * pitch;
         for (int64_t y = 0; y < grid_height; ++y)
           copy_whole(to + y * grid_width, from + y * width, grid_width);
+        float* column = tails + (live[i].channel - live[0].channel) * tap_count + t;
         for (int64_t p = 0; p < tail; ++p)
-          tails[p * step_count + k] = from[(whole + p) / grid_width * width + (whole + p) % grid_width];
+          column[p * span] = from[(whole + p) / grid_width * width + (whole + p) % grid_width];
       }
     }
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
@@ -224,7 +228,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
       float* to = out + (first - tile.row_begin) * row_room;
       multiply<0, false>({group.rows, steps, step_count, points, start}, count, whole, to, row_room,
                              [](int64_t, int64_t) {});
-      if (tail > 0) dot({group.rows, steps, step_count, tails, start}, count, tail, to + whole, row_room);
+      if (tail > 0) dot({group.rows, steps, span, tails, start}, count, tail, to + whole, row_room);
     });
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;

@@ -38,7 +38,7 @@ struct Kernels {
   // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
   void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
   // Floats that the transformed source of a tile takes.
-  int64_t (*winograd_points_size)(const Convolution&, const Tile&, int64_t live_count);
+  int64_t (*winograd_points_size)(const Convolution&, const Unit&, const Tile&);
   // Distance of two points of a transformed kernel.
   int64_t (*winograd_point_stride)(int64_t channel_count);
   // The transformed kernels of one row of weights for all `channel_count` channels.

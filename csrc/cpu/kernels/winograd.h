@@ -240,9 +240,10 @@ struct Blocks {
   int64_t rows, columns, count;
   int64_t tail;  // the last blocks, if so few of them are left past whole vectors that their sums are dot products
   int64_t room;  // of one point of one row, with what register tiles write past the last block
-  // One point of all blocks, for all live channels: [channel][block], what is read past it, [tail block][channel].
-  int64_t slice(int64_t live_count) const { return tails(live_count) + live_count * tail; }
-  int64_t tails(int64_t live_count) const { return live_count * count + kTilePixels; }
+  // One point of all blocks: [live channel][block], what is read past it, and [tail block][channel] for all channels
+  // from the first live one to the last, zero for dead ones, as the weights lie that they meet.
+  int64_t slice(const Unit& unit) const { return tails(unit) + channel_span(unit.live, unit.live_count) * tail; }
+  int64_t tails(const Unit& unit) const { return unit.live_count * count + kTilePixels; }
 
   explicit Blocks(const Tile& tile)
       : rows(tile.y_end - tile.y_begin),
@@ -252,8 +253,8 @@ struct Blocks {
         room(count <= kVectors * kLanes ? (count + kLanes - 1) / kLanes * kLanes : count + kTilePixels) {}
 };
 
-int64_t winograd_points_size(const Convolution& conv, const Tile& tile, int64_t live_count) {
-  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(live_count); });
+int64_t winograd_points_size(const Convolution& conv, const Unit& unit, const Tile& tile) {
+  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(unit); });
 }
 
 // Transforms the live channels of a unit: points[point][live channel][block].
@@ -262,7 +263,7 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
                            Scratch& scratch) {
   constexpr int step = Method::step, half = kLanes > 8 ? kLanes / 2 : kLanes;
   const Blocks blocks(tile);
-  const int64_t slice = blocks.slice(unit.live_count);
+  const int64_t slice = blocks.slice(unit);
   const Patch<Method> patch(blocks.rows, blocks.columns);
   const Tap& corner = first_tap(conv);
   const Window window = window_of(conv.source, step * tile.y_begin + corner.dy, corner.dx, patch.height, patch.width,
@@ -280,11 +281,14 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
     transform(patch, pixels, split, blocks.rows, blocks.columns, points + i * blocks.count, slice,
               last ? RowsAhead() : RowsAhead(conv.source, unit.frame, unit.live[i + 1], window));
   }
-  for (int point = 0; point < Method::size * Method::size; ++point)
-    for (int64_t t = 0; t < blocks.tail; ++t)
+  const int64_t span = channel_span(unit.live, unit.live_count);
+  for (int point = 0; point < Method::size * Method::size; ++point, points += slice)
+    for (int64_t t = 0; t < blocks.tail; ++t) {
+      float* tail = points + blocks.tails(unit) + t * span;
+      std::fill_n(tail, span, 0.f);
       for (int64_t i = 0; i < unit.live_count; ++i)
-        points[point * slice + blocks.tails(unit.live_count) + t * unit.live_count + i] =
-            points[point * slice + (i + 1) * blocks.count - blocks.tail + t];
+        tail[unit.live[i].channel - unit.live[0].channel] = points[(i + 1) * blocks.count - blocks.tail + t];
+    }
 }
 
 // Multiplies and stores the rows of a tile. Sum by sum, so that what one of them reads stays close for all rows.
@@ -293,7 +297,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
                           Scratch& scratch) {
   constexpr int size = Method::size, sums = Method::sums;
   const Blocks blocks(tile);
-  const int64_t slice = blocks.slice(unit.live_count), row_count = tile.row_end - tile.row_begin;
+  const int64_t slice = blocks.slice(unit), row_count = tile.row_end - tile.row_begin;
   Layout layout;
   const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
   const int64_t outputs_at = layout.add<float>(4 * blocks.room);
@@ -318,7 +322,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
 
   const float zero[kRows] = {};
   const int64_t row_room = sums * sums * blocks.room;
-  const int64_t tail = is_gapless(unit) ? blocks.tail : 0;
+  const int64_t tail = unit.live_count > 0 ? blocks.tail : 0;
   for (int sum = 0; sum < sums * sums; ++sum) {
     Term terms[size * size];
     int64_t term_count = 0;
@@ -333,7 +337,8 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
         rows[r] = conv.winograd.weight + unit.rows[tile.row_begin + first + r].channel * conv.winograd.row_stride;
       const Product product = {rows, steps, unit.live_count, points, zero, terms, term_count};
       Product last = product;
-      last.source += blocks.tails(unit.live_count);
+      last.source += blocks.tails(unit);
+      last.step_count = channel_span(unit.live, unit.live_count);
       float* out = products + first * row_room + sum * blocks.room;
       multiply<0, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
       if (tail > 0) dot(last, count, tail, out + blocks.count - tail, row_room);
@@ -350,7 +355,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
 }
 
 void convolve_winograd(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
-  float* points = static_cast<float*>(scratch.reserve(winograd_points_size(conv, tile, unit.live_count) * 4, 1));
+  float* points = static_cast<float*>(scratch.reserve(winograd_points_size(conv, unit, tile) * 4, 1));
   with_method(conv, [&](auto method) {
     transform_unit<decltype(method)>(conv, unit, tile, points, scratch);
     multiply_unit<decltype(method)>(conv, unit, tile, points, scratch);
