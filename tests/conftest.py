@@ -90,7 +90,22 @@ def triton_kernels() -> Any:
         pytest.skip("triton is not installed")
     from adakernels import triton
 
+    if not HAS_GPU:
+        _let_the_interpreter_count()
     return triton
+
+
+def _let_the_interpreter_count() -> None:
+    """Bounds of loops are arrays of one element there, which NumPy 2.4 does not convert to int any more."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_count(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_count
 
 
 @dataclass

@@ -39,7 +39,8 @@ def _gpu_entry(name: str) -> Callable[..., Any]:
         # Imports Triton, which takes a while.
         from adakernels import triton
 
-        return getattr(triton, name)(*args)
+        with torch.cuda.device_of(args[0]):
+            return getattr(triton, name)(*args)
 
     return entry
 
