@@ -48,7 +48,9 @@ def emulate(name: str, *sources: Path) -> Path:
     flags += [f"-I{emulation}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     headers = sorted([*ROOT.glob("csrc/cuda/*.cuh"), *emulation.rglob("*.h"), *emulation.rglob("*.cuh")])
-    common = b"".join(header.read_bytes() for header in headers) + f"{compiler}{flags}{torch.__version__}".encode()
+    common = (
+        b"".join(header.read_bytes() for header in headers) + f"{compiler}{flags}{torch.__version__}".encode()
+    )
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
 

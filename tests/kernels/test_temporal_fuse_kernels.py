@@ -33,7 +33,9 @@ def make(
     generator = torch.Generator().manual_seed(0)
     format = torch.channels_last if channels_last else torch.contiguous_format
     input, grad = (
-        torch.randn(clips * frames, *size, generator=generator).to(device, dtype).contiguous(memory_format=format)
+        torch.randn(clips * frames, *size, generator=generator)
+        .to(device, dtype)
+        .contiguous(memory_format=format)
         for _ in range(2)
     )
     if soft:
