@@ -1,4 +1,4 @@
-"""The compiled operators, `_ops.so` and `_cuda_ops.so`: loaded once their schemas are declared, and optional."""
+"""The compiled operators, `_ops.so` and `_cuda_ops.so`: optional, loaded once their schemas are declared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test shares: a fixed number of threads, the settings of the fuzzing and GPU kernels without a GPU."""
+"""What every test shares: a fixed number of threads, the settings of the fuzzing, the kernels for GPUs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adakernels import _extension
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
 
-# Without a GPU the Triton kernels run in the interpreter, which acts where they are defined: before their import.
+# Without a GPU the Triton kernels run in the interpreter. It acts where they are defined, at their import.
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 

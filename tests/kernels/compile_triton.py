@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for one GPU that need not be there: `python compile_triton.py 90 FOLDER`.
 
-Every call of CALLS runs its launcher on CPU tensors while a driver stands in that only says which GPU to compile
-for, so each kernel is compiled with the arguments, specialisations and options that it is launched with. The cubins
-go to FOLDER, named after call, dtype, kernel and number.
+Every call of CALLS runs its launcher on CPU tensors while a driver stands in that only says which GPU to
+compile for, so each kernel is compiled with the arguments, specialisations and options that it is launched
+with. The cubins go to FOLDER, named after call, dtype, kernel and number.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor
 from adakernels.ops import temporal_fuse_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# clips, frames, channels, height, width: vectors that fit, that cross planes, that do not fit, more than one block
-# or split, none at all.
+# clips, frames, channels, height, width: vectors that fit, that cross planes, that do not fit, more than one
+# block or split, none at all.
 SHAPES = [
     (2, 3, 8, 4, 4),
     (2, 2, 16, 7, 7),
@@ -88,7 +88,7 @@ def test_unwanted_gradients_are_empty(kernels: Any) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_features_of_weight_zero_are_not_read(kernels: Any, channels_last: bool) -> None:
-    input, policy, grad = make((2, 3, 8, 4, 4), False, channels_last, torch.float32, kernels.device)
+    input, policy, _ = make((2, 3, 8, 4, 4), False, channels_last, torch.float32, kernels.device)
     frames = 3
     kept = policy == 0
     reused_later = torch.zeros_like(kept)
