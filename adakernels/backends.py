@@ -97,10 +97,13 @@ def can_run_cpu(
     if device.type != "cpu":
         return refuse(op, "cpu", f"the tensors are on '{device}'", raise_error)
     if dtype not in dtypes:
-        *names, last, other = (str(d).removeprefix("torch.") for d in (*dtypes, dtype))
-        reason = f"it has {', '.join(names)} and {last} kernels, not {other}"
-        return refuse(op, "cpu", reason, raise_error)
+        return refuse(op, "cpu", _why_not_dtype(dtype, dtypes), raise_error)
     return True
+
+
+def _why_not_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
+    *names, last, other = (str(d).removeprefix("torch.") for d in (*dtypes, dtype))
+    return f"it has {', '.join(names)} and {last} kernels, not {other}"
 
 
 def has_no_kernel(op: str, backend: str, *, raise_error: bool = False) -> bool:
@@ -109,25 +112,39 @@ def has_no_kernel(op: str, backend: str, *, raise_error: bool = False) -> bool:
     return refuse(op, backend, f"there is no {language} kernel for {op}", raise_error)
 
 
-def can_run_triton(op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
-    """The part of every operator's Triton predicate that does not depend on the operator."""
-    reason = _why_not_on_gpu(device, dtype) or _WHY_NO_TRITON
+def can_run_triton(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    *,
+    raise_error: bool = False,
+) -> bool:
+    """The part of every operator's Triton predicate that does not depend on it but for its `dtypes`."""
+    reason = _why_not_on_gpu(device, dtype, dtypes) or _WHY_NO_TRITON
     return not reason or refuse(op, "triton", reason, raise_error)
 
 
-def can_run_cuda(op: str, device: torch.device, dtype: torch.dtype, *, raise_error: bool = False) -> bool:
-    """The part of every operator's CUDA predicate that does not depend on the operator."""
-    reason = _why_not_on_gpu(device, dtype)
+def can_run_cuda(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    *,
+    raise_error: bool = False,
+) -> bool:
+    """The part of every operator's CUDA predicate that does not depend on it but for its `dtypes`."""
+    reason = _why_not_on_gpu(device, dtype, dtypes)
     if not reason and not _extension.has_cuda:
         reason = f"the CUDA kernels are not available: {_extension.why_not_cuda}"
     return not reason or refuse(op, "cuda", reason, raise_error)
 
 
-def _why_not_on_gpu(device: torch.device, dtype: torch.dtype) -> str:
+def _why_not_on_gpu(device: torch.device, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
     if device.type != "cuda":
         return f"the tensors are on '{device}'"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it has float32, float16 and bfloat16 kernels, not {str(dtype).removeprefix('torch.')}"
+    if dtype not in dtypes:
+        return _why_not_dtype(dtype, dtypes)
     return _why_not_this_gpu(device.index or 0)
 
 

@@ -208,15 +208,6 @@ bool check_policy(const Tensor& policy, const Tensor& input) {
   return soft;
 }
 
-// Calls run(std::integral_constant<int, kVector>()) with the widest access that fits.
-template <typename T, typename Run>
-void for_vector_size(bool whole, const Run& run) {
-  if (whole)
-    run(std::integral_constant<int, kVectorBytes / sizeof(T)>());
-  else
-    run(std::integral_constant<int, 1>());
-}
-
 void mix(Tensor& target, const Tensor& source, const Tensor& policy, const Clip& clip, int neighbour) {
   const bool channels_last = is_channels_last(source, "temporal_fuse"), soft = check_policy(policy, source);
   const Stream stream(source);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,16 +35,31 @@ void for_float_type(const Tensor& tensor, const char* name, const Run& run) {
   }
 }
 
+// Calls run(std::integral_constant<int, kVector>()): values of T in a vector where those fit, else 1.
+template <typename T, typename Run>
+void for_vector_size(bool fit, const Run& run) {
+  if (fit)
+    run(std::integral_constant<int, kVectorBytes / sizeof(T)>());
+  else
+    run(std::integral_constant<int, 1>());
+}
+
+// Whether a tensor [N, C, H, W] lies in memory without gaps, in the order of one of the two formats.
+inline bool has_format(const Tensor& tensor, bool channels_last) {
+  if (!channels_last) return tensor.is_contiguous();
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
 // Whether a tensor [N, C, H, W] is channels-last and not contiguous too; throws where it is neither.
 inline bool is_channels_last(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected a tensor of 4 dimensions");
   if (tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(tensor.size(d) == 1 || tensor.stride(d) == expected, name,
-                    ": expected a contiguous or channels-last tensor");
-    expected *= tensor.size(d);
-  }
+  STD_TORCH_CHECK(has_format(tensor, true), name, ": expected a contiguous or channels-last tensor");
   return true;
 }
 
