@@ -15,13 +15,13 @@ BLOCK_FRAME = 512
 
 
 @triton.jit
-def _place(p_origin, room):
-    """Pixel that the first sample of a patch is at or behind in one dimension, how far, and whether it moves."""
+def _place(p_origin, room, b_value: tl.constexpr):
+    """Pixel that a patch's first sample is at or behind in one dimension, how far (as a block), if it can move."""
     origin = tl.load(p_origin)
     moves = (origin >= 0) & (origin <= room) & (room > 0)
-    inside = tl.minimum(tl.where(origin >= 0, origin, 0.0), room.to(tl.float32))
+    inside = tl.minimum(tl.where(origin >= 0, origin, 0.0), room * 1.0)
     first = tl.minimum(inside.to(tl.int32), room)
-    return first, inside - first.to(tl.float32), moves
+    return first, tl.zeros([b_value], tl.float32) + (inside - first.to(tl.float32)), moves
 
 
 @triton.jit
@@ -69,8 +69,8 @@ def patch_gather_fwd_kernel(
     i_value = tl.program_id(0) % blocks * b_value + tl.arange(0, b_value)
     m_value = i_value < size
     i_number, i_row, i_plane = i_value % row, i_value // row % height, i_value // row // height
-    first_y, fraction_y, _ = _place(p_origin + 2 * i_patch, room_y)
-    first_x, fraction_x, _ = _place(p_origin + 2 * i_patch + 1, room_x)
+    first_y, fraction_y, _ = _place(p_origin + 2 * i_patch, room_y, b_value)
+    first_x, fraction_x, _ = _place(p_origin + 2 * i_patch + 1, room_x, b_value)
     i_frame = _frame(p_index, i_patch, frames, INDEXED)
     i_tap = (i_plane * frame_height + first_y + i_row) * frame_row + first_x * step + i_number
     p_tap = p_input + i_frame * (planes * frame_height * frame_row) + i_tap
@@ -122,10 +122,10 @@ def patch_gather_bwd_origin_kernel(
     i_value = i_block * b_value + tl.arange(0, b_value)
     m_value = i_value < size
     i_number, i_row, i_plane = i_value % row, i_value // row % height, i_value // row // height
-    first_y, fraction_y, moves_y = _place(p_origin + 2 * i_patch, room_y)
-    first_x, fraction_x, moves_x = _place(p_origin + 2 * i_patch + 1, room_x)
-    # At the last place the derivative is the one from the left, so that there is a pixel behind every sample; where
-    # there is no room, the tap itself stands for it.
+    first_y, fraction_y, moves_y = _place(p_origin + 2 * i_patch, room_y, b_value)
+    first_x, fraction_x, moves_x = _place(p_origin + 2 * i_patch + 1, room_x, b_value)
+    # At the last place the derivative is the one from the left, so that there is a pixel behind every sample;
+    # where there is no room, the tap itself stands for it.
     back_y = (room_y > 0) & (first_y == room_y)
     back_x = (room_x > 0) & (first_x == room_x)
     first_y, fraction_y = tl.where(back_y, first_y - 1, first_y), tl.where(back_y, 1.0, fraction_y)
@@ -144,7 +144,7 @@ def patch_gather_bwd_origin_kernel(
         grad *= 1 / (unit * tl.load(p_std + i_channel, mask=m_value, other=1))
     grad_y = grad * _lerp(lower_left - upper_left, lower_right - upper_right, fraction_x)
     grad_x = grad * _lerp(upper_right - upper_left, lower_right - lower_left, fraction_y)
-    p_sum = p_partial + 2 * (i_block * patches.to(tl.int64) + i_patch)
+    p_sum = p_partial + 2 * (i_block.to(tl.int64) * patches + i_patch)
     tl.store(p_sum, tl.where(moves_y, tl.sum(grad_y, 0), 0))
     tl.store(p_sum + 1, tl.where(moves_x, tl.sum(grad_x, 0), 0))
 
@@ -195,8 +195,8 @@ def patch_gather_bwd_input_kernel(
         if INDEXED:
             mine = tl.load(p_index + i_patch) == i_frame
         if mine:
-            first_y, fraction_y, _ = _place(p_origin + 2 * i_patch, room_y)
-            first_x, fraction_x, _ = _place(p_origin + 2 * i_patch + 1, room_x)
+            first_y, fraction_y, _ = _place(p_origin + 2 * i_patch, room_y, b_value)
+            first_x, fraction_x, _ = _place(p_origin + 2 * i_patch + 1, room_x, b_value)
             p_plane = p_grad + i_patch * (planes * height * row) + i_plane * (height * row)
             y, x = i_row - first_y, i_number - first_x * step
             upper, left = 1 - fraction_y, 1 - fraction_x

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,35 @@ def temporal_fuse(dtype: torch.dtype, soft: bool, format: torch.memory_format) -
     kernels.temporal_fuse_backward(input, input, policy, 4, True, soft)
 
 
+def patch_gather(
+    dtype: torch.dtype, indexed: bool, shape: tuple[int, ...], format: torch.memory_format
+) -> None:
+    input = torch.zeros(shape, dtype=dtype).contiguous(memory_format=format)
+    size = [extent - 1 for extent in shape[2:]]
+    index = torch.zeros(shape[0], dtype=torch.int64) if indexed else None
+    constants = torch.zeros(shape[1]) if indexed else None
+    origin = torch.zeros(shape[0], 2)
+    grad = kernels.patch_gather(input, origin, size, index, constants, constants)
+    kernels.patch_gather(input.to(torch.uint8), origin, size, index, constants, constants)
+    kernels.patch_gather_grad_origin(grad, input, origin, index, constants)
+    kernels.patch_gather_grad_input(grad, origin, index, constants, shape)
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Name -> what launches every kernel of an operator, for one dtype.
-CALLS: dict[str, Callable[[torch.dtype], None]] = {
-    f"temporal_fuse-{policy}-{name}": lambda dtype, soft=policy == "soft", format=format: temporal_fuse(
-        dtype, soft, format
-    )
-    for policy in ("values", "soft")
-    for name, format in FORMATS.items()
-}
+CALLS: dict[str, Callable[[torch.dtype], None]] = {}
+for name, format in FORMATS.items():
+    for soft in (False, True):
+        CALLS[f"temporal_fuse-{name}-{'soft' if soft else 'values'}"] = partial(
+            temporal_fuse, soft=soft, format=format
+        )
+    # With a size of 1 Triton makes a constant of it.
+    for shape in ((8, 3, 224, 224), (1, 1, 2, 2)):
+        for indexed in (False, True):
+            CALLS[f"patch_gather-{name}-{shape[0]}-{'indexed' if indexed else 'one_each'}"] = partial(
+                patch_gather, indexed=indexed, shape=shape, format=format
+            )
 
 
 class StandIn:

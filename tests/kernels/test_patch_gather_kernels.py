@@ -20,7 +20,7 @@ SHAPES = [
     (2, 16, 6, 8, 6, 4),
     (2, 1, 5, 9, 2, 9),
     (1, 4, 4, 4, 4, 4),
-    (2, 3, 40, 64, 33, 48),
+    (2, 3, 24, 40, 19, 31),
     (1, 1, 1, 1, 1, 1),
 ]
 
@@ -30,7 +30,13 @@ def make_origin(patches: int, room: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     origin = torch.rand(patches, 2, generator=generator) * torch.tensor(room)
     special = torch.tensor(
-        [[0.0, 0.0], list(room), [-2.5, room[1] + 1.0], [float("nan"), room[1] / 2], [room[0] // 2, room[1] // 2]]
+        [
+            [0.0, 0.0],
+            list(room),
+            [-2.5, room[1] + 1.0],
+            [float("nan"), room[1] / 2],
+            [room[0] // 2, room[1] // 2],
+        ]
     )
     count = min(len(special), patches // 2)
     origin[:count] = special[:count]
@@ -81,16 +87,13 @@ def formats_agree(tensor: Tensor, like: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("patches", [None, 7, 300], ids=["one_each", "some", "many"])
+@pytest.mark.parametrize("patches", [None, 5], ids=["one_each", "some"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.uint8], ids=str)
 def test_matches_the_reference(
     kernels: Any, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, patches: int | None
 ) -> None:
-    # Many patches are for the search for those of a frame, which shapes and types have no part in.
-    if patches == 300 and (shape != SHAPES[0] or dtype != torch.float32):
-        return
     what = make(shape, dtype, channels_last, patches, kernels.device)
     input, origin, index, grad = (what[name] for name in ("input", "origin", "frame_index", "grad"))
     normalised = channels_last != (dtype == torch.uint8)
@@ -103,7 +106,7 @@ def test_matches_the_reference(
     # One rounding, and a few in float32 of numbers up to 4 / std, or 255.
     largest = 255 if dtype == torch.uint8 and not normalised else 10
     torch.testing.assert_close(output.double(), want, rtol=eps, atol=2e-6 * largest)
-    # Sums of up to 4752 products below 32, or 255 times that; the tolerance is for the root of their number.
+    # Sums of up to 1767 products below 32, or 255 times that; the tolerance is for the root of their number.
     scale = max(1.0, float(want_origin.abs().max()), (grad.numel() / len(grad)) ** 0.5 * largest)
     torch.testing.assert_close(grad_origin.double(), want_origin, rtol=1e-5, atol=2e-6 * scale)
     if dtype != torch.uint8:
@@ -111,6 +114,17 @@ def test_matches_the_reference(
         assert want_input is not None and grad_input.dtype == dtype and formats_agree(grad_input, grad)
         atol = 1e-6 * max(1.0, float(want_input.abs().max()))
         torch.testing.assert_close(grad_input.double(), want_input, rtol=eps, atol=atol)
+
+
+def test_many_patches_of_a_frame(kernels: Any) -> None:
+    """More than a block has threads, some frames having none."""
+    what = make((3, 1, 6, 8, 3, 4), torch.float32, False, 300, kernels.device)
+    input, origin, index, grad = (what[name] for name in ("input", "origin", "frame_index", "grad"))
+    got = kernels.patch_gather_grad_input(grad, origin, index, None, list(input.shape))
+    _, _, want = exact(what, False)
+    assert want is not None and (got[2] == 0).all()
+    # About 75 gradients below 5 for each pixel.
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -158,7 +172,10 @@ def test_nothing_to_do(kernels: Any, empty: str) -> None:
     patches *= empty != "frames"
     device = kernels.device
     input = torch.randn(frames, channels, 5, 6, device=device)
-    origin, index = torch.zeros(patches, 2, device=device), torch.zeros(patches, dtype=torch.int64, device=device)
+    origin, index = (
+        torch.zeros(patches, 2, device=device),
+        torch.zeros(patches, dtype=torch.int64, device=device),
+    )
     grad = torch.randn(patches, channels, 3, 4, device=device)
     assert kernels.patch_gather(input, origin, [3, 4], index, None, None).shape == grad.shape
     assert (kernels.patch_gather_grad_origin(grad, input, origin, index, None) == 0).all()
@@ -167,7 +184,7 @@ def test_nothing_to_do(kernels: Any, empty: str) -> None:
 
 
 def test_two_runs_agree_in_every_bit(kernels: Any) -> None:
-    what = make((2, 3, 40, 64, 33, 48), torch.bfloat16, False, 40, kernels.device)
+    what = make((2, 3, 24, 40, 19, 31), torch.bfloat16, False, 6, kernels.device)
     input, origin, index, grad = (what[name] for name in ("input", "origin", "frame_index", "grad"))
     for call in (
         lambda: kernels.patch_gather_grad_origin(grad, input, origin, index, None),
