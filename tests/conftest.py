@@ -38,7 +38,7 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
-def emulate(name: str, *sources: Path) -> Path:
+def emulated(name: str, *sources: Path) -> Path:
     """Compile CUDA sources for the host, together with the emulation, into build/emulation/<name>.so."""
     compiler = os.environ.get("CXX", "").split(" ")[0] or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -75,13 +75,18 @@ def emulate(name: str, *sources: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def emulate() -> Callable[..., Path]:
+    return emulated
+
+
+@pytest.fixture(scope="session")
 def cuda_kernels() -> Any:
     """The operators of csrc/cuda: on a GPU as they were built, without one for CPU tensors, emulated."""
     if HAS_GPU:
         if not _extension.has_cuda:
             pytest.fail(f"a machine with a GPU must test the CUDA kernels: {_extension.why_not_cuda}")
     else:
-        torch.ops.load_library(str(emulate("operators", *sorted(ROOT.glob("csrc/cuda/*.cu")))))
+        torch.ops.load_library(str(emulated("operators", *sorted(ROOT.glob("csrc/cuda/*.cu")))))
     return torch.ops.adakernels_cuda
 
 

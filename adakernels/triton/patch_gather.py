@@ -16,7 +16,7 @@ BLOCK_FRAME = 512
 
 @triton.jit
 def _place(p_origin, room, b_value: tl.constexpr):
-    """Pixel that a patch's first sample is at or behind in one dimension, how far (as a block), if it can move."""
+    """Pixel that a patch's first sample is at or behind along one side, how far, and whether it can move."""
     origin = tl.load(p_origin)
     moves = (origin >= 0) & (origin <= room) & (room > 0)
     inside = tl.minimum(tl.where(origin >= 0, origin, 0.0), room * 1.0)
@@ -178,7 +178,7 @@ def patch_gather_bwd_input_kernel(
     SCALED: tl.constexpr,
     b_value: tl.constexpr,
 ):
-    """A program has some numbers of a frame and adds up what its patches give, in the order of the patches."""
+    """A program has some numbers of a frame and adds up what its patches give, in their order."""
     size = planes * frame_height * frame_row
     blocks = tl.cdiv(size, b_value)
     i_frame = (tl.program_id(0) // blocks).to(tl.int64)
