@@ -15,6 +15,9 @@ from adakernels import backends
 library = Library("adakernels", "DEF")
 _cuda_library = Library("adakernels_cuda", "DEF")
 
+gpu_operators: list[str] = []
+"""Names of the operators that have GPU kernels."""
+
 _flop_formulas: dict[Any, Callable[..., int]] = {}
 
 
@@ -28,6 +31,7 @@ def run_on_gpu(*names: str) -> None:
         schema = str(getattr(torch.ops.adakernels, name).default._schema)
         _cuda_library.define(schema.removeprefix("adakernels::"))
         library.impl(name, _gpu_entry(name), "CUDA")
+        gpu_operators.append(name)
 
 
 def _gpu_entry(name: str) -> Callable[..., Any]:
