@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 
@@ -26,11 +25,15 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The first call of a shape may compile, allocate or wait for another process: no deadline holds.
-hypothesis.settings.register_profile(
-    "ci", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("ci")
+# A machine with a GPU may lack it; the tests of the kernels do without.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # The first call of a shape may compile, allocate or wait for another process: no deadline holds.
+    hypothesis.settings.register_profile(
+        "ci", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)

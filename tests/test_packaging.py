@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_cuda_option_is_checked(value: str, message: str, tmp_path: Path) -> Non
     result = configure(tmp_path, f"-DADAKERNELS_CUDA={value}", CUDACXX="no-such-nvcc")
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_says_at_once_that_there_is_no_gpu() -> None:
+    result = run(str(ROOT / ".ci" / "gpu"), sys.executable)
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(r"make gpu: torch .*(has no CUDA|finds no NVIDIA GPU)\n", result.stderr)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
