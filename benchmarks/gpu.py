@@ -163,7 +163,7 @@ def sample(input: Tensor, origin: Tensor, size: int) -> Tensor:
 
 
 def gather_contest(dtype: torch.dtype, format: str, gradient: bool) -> Contest:
-    """32 patches of 128² from frames of 224², AdaFocusV2's usual, with or without the gradient to their places."""
+    """32 patches of 128² from frames of 224², with or without the gradient to their places."""
     patches, channels, extent, size = 32, 3, 224, 128
     bytes_each = 2 * patches * channels * size * size * dtype.itemsize
 

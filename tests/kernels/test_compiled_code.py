@@ -21,8 +21,11 @@ TRITON_TARGETS = (80, 90, 100)
 NVCC_TARGETS = ("80", "90a")
 # Shared memory that a block can have, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-# Instructions that the code of a kernel must contain on a target, by a pattern of the kernel's name.
-INSTRUCTIONS: dict[str, dict[int, str]] = {}
+# Instructions that the code of a kernel must contain, by a pattern of the kernel's name and by target.
+INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
+    "matmul_kernel": dict.fromkeys((80, 90), ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS")),
+}
+CUDA_SOURCES = {path.name: path for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def check(cubin: Path, capability: int) -> None:
             if re.search(pattern, name) and capability in wanted:
                 command = [tool("cuobjdump"), "-sass", "-fun", name, str(cubin)]
                 code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                assert wanted[capability] in code, f"{cubin.name}: {name} has no {wanted[capability]}"
+                missing = [instruction for instruction in wanted[capability] if instruction not in code]
+                assert not missing, f"{cubin.name}: {name} has no {', '.join(missing)}"
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +124,12 @@ def nvcc() -> str:
 
 
 @pytest.mark.parametrize("target", NVCC_TARGETS)
-@pytest.mark.parametrize("source", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
+@pytest.mark.parametrize("source", sorted(CUDA_SOURCES))
 def test_cuda_kernels(source: str, target: str, tmp_path: Path) -> None:
     cubin = tmp_path / f"{Path(source).stem}.{target}.cubin"
     command = [nvcc(), "-std=c++20", f"-arch=sm_{target}", "-cubin", "-o", str(cubin), f"-I{ROOT / 'csrc'}"]
     command += ["-isystem", str(Path(torch.__file__).parent / "include")]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Werror", "all-warnings"]
-    done = subprocess.run([*command, str(ROOT / "csrc/cuda" / source)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(CUDA_SOURCES[source])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check(cubin, int(target.rstrip("a")))

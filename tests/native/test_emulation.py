@@ -14,7 +14,7 @@ Probe = Callable[[str], Tensor]
 
 @pytest.fixture(scope="module")
 def probe(emulate: Callable[..., Path]) -> Probe:
-    source = Path(__file__).parent / "emulation" / "probes.cu"
+    source = Path(__file__).with_name("probes.cu")
     torch.ops.load_library(str(emulate("probes", source)))
     return lambda name: torch.ops.adakernels_probes.probe(torch.zeros(1), name)
 
@@ -26,6 +26,16 @@ def test_barriers(probe: Probe) -> None:
 
 def test_collectives(probe: Probe) -> None:
     torch.testing.assert_close(probe("collectives")[:, :16], torch.full((2, 16), 503.0))
+
+
+@pytest.mark.usefixtures("probe")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrices(dtype: torch.dtype) -> None:
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(8, 16).to(dtype)
+    got = torch.ops.adakernels_probes.matmul(a, b, True)
+    torch.testing.assert_close(got, a.float() @ b.float().t(), rtol=1e-5, atol=1e-5)
+    # The second half of the columns has not come yet.
+    assert torch.ops.adakernels_probes.matmul(a, b, False).isnan().all()
 
 
 def test_a_missing_barrier_shows(probe: Probe) -> None:

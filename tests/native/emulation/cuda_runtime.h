@@ -36,6 +36,11 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 // The running thread waits until ready() is true; others run meanwhile.
 void wait_until(const std::function<bool()>& ready);
 
+// What the running thread has begun: put off, made a group with what came before, done but for the last groups.
+void defer(std::function<void()> action);
+void commit_deferred();
+void run_deferred(size_t groups_left);
+
 // Throws std::runtime_error, with where the thread is.
 [[noreturn]] void fail(const char* what);
 

@@ -7,7 +7,6 @@
 
 #include <deque>
 #include <exception>
-#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,11 +29,18 @@ struct WarpMeeting {
   std::array<std::byte, 32 * kMeetingBytes> values[2];
 };
 
+// Actions that a thread has put off, those of its groups in their order and those of none yet.
+struct Deferred {
+  std::deque<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open;
+};
+
 struct Block {
   unsigned threads, alive, started = 0;
   bool descending;
   unsigned at_barrier = 0, barrier_round = 0;
   std::map<std::pair<unsigned, unsigned>, WarpMeeting> meetings;  // by warp and mask
+  std::map<unsigned, Deferred> deferred;  // by thread
   std::exception_ptr error;
 };
 
@@ -226,6 +232,20 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
 void wait_until(const std::function<bool()>& ready) {
   if (ready()) return;
   Fiber::running->wait(ready);
+}
+
+void defer(std::function<void()> action) { block->deferred[linear_thread].open.push_back(std::move(action)); }
+
+void commit_deferred() {
+  Deferred& mine = block->deferred[linear_thread];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+void run_deferred(size_t groups_left) {
+  Deferred& mine = block->deferred[linear_thread];
+  for (; mine.groups.size() > groups_left; mine.groups.pop_front())
+    for (const auto& action : mine.groups.front()) action();
 }
 
 void fail(const char* what) {

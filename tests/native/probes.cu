@@ -65,6 +65,44 @@ __global__ void unaligned_kernel(float* to) { store_vector(to + 1, Vector<float,
 
 __global__ void unwritten_kernel(float* to) { to[threadIdx.x] = reinterpret_cast<float*>(shared_memory())[0]; }
 
+// [16, 16] times the transpose of [8, 16], of which a warp copies the second half of the columns in a second group.
+template <typename T>
+__global__ void matmul_kernel(float* to,   // [16, 8]
+                              const T* a,  // [16, 16]
+                              const T* b,  // [8, 16]
+                              bool wait) {
+  T* shared = reinterpret_cast<T*>(shared_memory());  // [24, 16]
+  const int lane = int(threadIdx.x);
+  for (int half = 0; half < 2; ++half) {
+    if (lane < 24)
+      copy_async(shared + 16 * lane + 8 * half, (lane < 16 ? a + 16 * lane : b + 16 * (lane - 16)) + 8 * half, true);
+    commit_copies();
+  }
+  if (wait)
+    wait_for_copies<0>();
+  else
+    wait_for_copies<1>();
+  __syncthreads();
+  uint32_t left[4], right[2];
+  load_matrices(left, shared + 16 * (lane % 16) + 8 * (lane / 16));
+  load_matrices(right, shared + 16 * (16 + lane % 8) + 8 * (lane / 8 % 2));
+  float sums[4] = {};
+  multiply_add<T>(sums, left, right);
+  for (int i = 0; i < 4; ++i) to[8 * (lane / 4 + i / 2 * 8) + 2 * (lane % 4) + i % 2] = sums[i];
+}
+
+Tensor matmul(const Tensor& a, const Tensor& b, bool wait) {
+  Tensor to = torch::stable::new_empty(a, {16, 8}, ScalarType::Float);
+  const Stream stream(a);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    stream.launch(&matmul_kernel<T>, 1, 32, 24 * 16 * int(sizeof(T)), mutable_data<float>(to), data<T>(a),
+                  data<T>(b), wait);
+  };
+  a.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  return to;
+}
+
 Tensor probe(const Tensor& like, std::string name) {
   Tensor to = torch::stable::new_zeros(like, {2, kThreads});
   const Stream stream(like);
@@ -85,8 +123,14 @@ Tensor probe(const Tensor& like, std::string name) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(adakernels_probes, m) { m.def("probe(Tensor like, str name) -> Tensor"); }
+STABLE_TORCH_LIBRARY(adakernels_probes, m) {
+  m.def("probe(Tensor like, str name) -> Tensor");
+  m.def("matmul(Tensor a, Tensor b, bool wait) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(adakernels_probes, CPU, m) { m.impl("probe", TORCH_BOX(&probe)); }
+STABLE_TORCH_LIBRARY_IMPL(adakernels_probes, CPU, m) {
+  m.impl("probe", TORCH_BOX(&probe));
+  m.impl("matmul", TORCH_BOX(&matmul));
+}
 
 }  // namespace adakernels
