@@ -38,10 +38,12 @@ clean:
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find adakernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
+ifneq ($(MAKECMDGOALS),gpu)
 ifneq ($(origin PYTHON),file)
 ifneq ($(wildcard $(VENV)/made-with),)
 ifneq ($(shell cat $(VENV)/made-with),$(PYTHON))
 $(error $(VENV) was made with $(shell cat $(VENV)/made-with); remove it to use $(PYTHON))
+endif
 endif
 endif
 endif

@@ -74,10 +74,17 @@ __global__ void __launch_bounds__(kThreads)
 
   const bool has_neighbour = frame + neighbour >= 0 && frame + neighbour < clip.frames;
   const int64_t weights_row = neighbour < 0 ? row : row + 1;
+  // Most vectors of contiguous frames are of one channel.
+  const bool one_channel = !kChannelsLast && pixel + kVector <= clip.pixels;
   float keep[kVector], reuse[kVector];
   uint32_t c = channel, p = pixel;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
+    if (i > 0 && one_channel) {
+      keep[i] = keep[0];
+      reuse[i] = reuse[0];
+      continue;
+    }
     keep[i] = weight<T, kSoft>(policy, row * clip.channels + c, Which::keep);
     reuse[i] = has_neighbour ? weight<T, kSoft>(policy, weights_row * clip.channels + c, Which::reuse) : 0.f;
     if (kChannelsLast || ++p == clip.pixels) ++c, p = 0;
