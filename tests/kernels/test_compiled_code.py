@@ -123,13 +123,35 @@ def nvcc() -> str:
     return found
 
 
+def compile_cuda(source: Path, target: str, folder: Path) -> Path:
+    cubin = folder / f"{source.stem}.{target}.cubin"
+    command = [nvcc(), "-std=c++20", f"-arch=sm_{target}", "-cubin", "-o", str(cubin), f"-I{ROOT / 'csrc'}"]
+    command += ["-isystem", str(Path(torch.__file__).parent / "include"), "-Werror", "all-warnings"]
+    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cubin
+
+
 @pytest.mark.parametrize("target", NVCC_TARGETS)
 @pytest.mark.parametrize("source", sorted(CUDA_SOURCES))
 def test_cuda_kernels(source: str, target: str, tmp_path: Path) -> None:
-    cubin = tmp_path / f"{Path(source).stem}.{target}.cubin"
-    command = [nvcc(), "-std=c++20", f"-arch=sm_{target}", "-cubin", "-o", str(cubin), f"-I{ROOT / 'csrc'}"]
-    command += ["-isystem", str(Path(torch.__file__).parent / "include")]
-    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Werror", "all-warnings"]
-    done = subprocess.run([*command, str(CUDA_SOURCES[source])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    check(cubin, int(target.rstrip("a")))
+    check(compile_cuda(CUDA_SOURCES[source], target, tmp_path), int(target.rstrip("a")))
+
+
+def test_faults_are_seen(tmp_path: Path) -> None:
+    source = tmp_path / "faults.cu"
+    source.write_text(
+        "__global__ void stack_kernel(float* to, int index) {\n"
+        "  float local[64];\n"
+        "  for (int i = 0; i < 64; ++i) local[i] = to[i] * i;\n"
+        "  __syncthreads();\n"
+        "  local[index] = 8;\n"
+        "  for (int i = 0; i < 64; ++i) to[i * 64] = local[(i * index) & 63];\n"
+        "}\n"
+    )
+    with pytest.raises(AssertionError, match="registers spill"):
+        check(compile_cuda(source, "80", tmp_path), 80)
+    source.write_text("__global__ void matmul_kernel(float* to) { to[0] = 1; }\n")
+    with pytest.raises(AssertionError, match=r"matmul_kernel.* has no HMMA"):
+        check(compile_cuda(source, "80", tmp_path), 80)
