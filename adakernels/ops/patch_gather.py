@@ -305,10 +305,11 @@ def patch_gather(
         optional_facts(op, "std", std),
     )
     mean, std = (None if x is None else x.detach() for x in (mean, std))
+    # The kernels for the CPU look at the indices themselves, those for GPUs do not.
+    if frame_index is not None and (backend == "reference" or _checks.debugging()):
+        sentence = "patch_gather: expected frame_index values from 0 to N - 1 = {}"
+        frame_index = _checks.checked_range(frame_index, input.shape[0], sentence)
     if backend == "reference":
-        if frame_index is not None:
-            sentence = "patch_gather: expected frame_index values from 0 to N - 1 = {}"
-            frame_index = _checks.checked_range(frame_index, input.shape[0], sentence)
         output = patch_gather_reference(input, origin, sizes, frame_index=frame_index, mean=mean, std=std)
         return dense(output, like=input)
     return call(

@@ -155,9 +155,11 @@ def temporal_fuse(
             0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
     what = facts("temporal_fuse", "input", input), facts("temporal_fuse", "policy", policy)
-    if _plan(backends.requested_backend(), *what, frames) == "reference":
-        if not is_soft(policy):
-            policy = checked_policy(policy, "temporal_fuse", "policy")
+    backend = _plan(backends.requested_backend(), *what, frames)
+    # The kernels for the CPU look at the values themselves, those for GPUs do not.
+    if not is_soft(policy) and (backend == "reference" or _checks.debugging()):
+        policy = checked_policy(policy, "temporal_fuse", "policy")
+    if backend == "reference":
         return dense(temporal_fuse_reference(input, policy, frames=frames), like=input)
     policy = policy.to(input.dtype).contiguous() if is_soft(policy) else as_index(policy)
     return call(torch.ops.adakernels.temporal_fuse.default, dense(input), policy, frames)

@@ -12,6 +12,7 @@ import torch
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` gives NaN, so that nothing uninitialised passes unseen."""
     assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # On a GPU the gradient of the reference has no deterministic algorithm.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -131,3 +131,23 @@ def test_graph_follows_its_arguments(on_kernels: str, make: Callable[..., Any]) 
         leaf.copy_(torch.rand_like(leaf))
     graph.replay()
     torch.testing.assert_close(output, reference(*leaves), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"] if HAS_GPU else ["reference", "cpu"])
+def test_debugging_looks_at_values(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAKERNELS_DEBUG", "1")
+    device = "cuda" if HAS_GPU else "cpu"
+    with ak.use_backend(backend):
+        with pytest.raises(ValueError, match=r"temporal_fuse: expected policy values .*, got 3"):
+            ak.temporal_fuse(
+                torch.zeros(1, 1, 1, 1, device=device), torch.tensor([[3]], device=device), frames=1
+            )
+        with pytest.raises(
+            ValueError, match=r"patch_gather: expected frame_index values from 0 to N - 1 = 0"
+        ):
+            ak.patch_gather(
+                torch.zeros(1, 1, 2, 2, device=device),
+                torch.zeros(1, 2, device=device),
+                1,
+                frame_index=torch.tensor([1], device=device),
+            )
