@@ -74,20 +74,23 @@ __global__ void __launch_bounds__(kThreads)
 
   const bool has_neighbour = frame + neighbour >= 0 && frame + neighbour < clip.frames;
   const int64_t weights_row = neighbour < 0 ? row : row + 1;
-  // Most vectors of contiguous frames are of one channel.
-  const bool one_channel = !kChannelsLast && pixel + kVector <= clip.pixels;
   float keep[kVector], reuse[kVector];
-  uint32_t c = channel, p = pixel;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (i > 0 && one_channel) {
-      keep[i] = keep[0];
-      reuse[i] = reuse[0];
-      continue;
-    }
+  const auto set_weights = [&](int i, uint32_t c) {
     keep[i] = weight<T, kSoft>(policy, row * clip.channels + c, Which::keep);
     reuse[i] = has_neighbour ? weight<T, kSoft>(policy, weights_row * clip.channels + c, Which::reuse) : 0.f;
-    if (kChannelsLast || ++p == clip.pixels) ++c, p = 0;
+  };
+  // Most vectors of contiguous frames are of one channel.
+  if (!kChannelsLast && pixel + kVector <= clip.pixels) {
+    set_weights(0, channel);
+#pragma unroll
+    for (int i = 1; i < kVector; ++i) keep[i] = keep[0], reuse[i] = reuse[0];
+  } else {
+    uint32_t c = channel, p = pixel;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      set_weights(i, c);
+      if (kChannelsLast || ++p == clip.pixels) ++c, p = 0;
+    }
   }
 
   const int count = kChannelsLast ? min(kPixelsPerThread, int(clip.pixels - pixel)) : 1;
