@@ -1,4 +1,4 @@
-# make test | bench | build | lint | typecheck | clean, each from nothing: the virtual environment, its packages and
+# make test | bench | gpu | build | lint | typecheck | clean, each from nothing: the virtual environment, its packages and
 # the native code are made when missing or out of date. PYTHON= chooses the interpreter that .venv is made with, and
 # a torch which that one has is used; ARGS= is passed on, as in `make bench ARGS=--quick`.
 
@@ -12,13 +12,17 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: build test bench lint typecheck clean
+.PHONY: build test bench gpu lint typecheck clean
 
 test: build
 	$(RUN) -m pytest $(ARGS)
 
 bench: build
 	$(RUN) -m adakernels bench $(ARGS)
+
+# On a machine with an NVIDIA GPU, with the packages that the interpreter has: .venv is not made.
+gpu:
+	@.ci/gpu $(PYTHON)
 
 lint: build
 	$(RUN) -m ruff check .
@@ -34,10 +38,12 @@ clean:
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find adakernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
+ifneq ($(MAKECMDGOALS),gpu)
 ifneq ($(origin PYTHON),file)
 ifneq ($(wildcard $(VENV)/made-with),)
 ifneq ($(shell cat $(VENV)/made-with),$(PYTHON))
 $(error $(VENV) was made with $(shell cat $(VENV)/made-with); remove it to use $(PYTHON))
+endif
 endif
 endif
 endif

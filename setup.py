@@ -93,6 +93,7 @@ def run_cmake() -> Path:
         "ADAKERNELS_TORCH_CUDA": torch["cuda"],
         "ADAKERNELS_PYBIND11_INCLUDE_DIR": pybind11,
         "ADAKERNELS_CUDA": os.environ.get("ADAKERNELS_CUDA", "auto"),
+        "ADAKERNELS_CUDA_ARCHS": os.environ.get("ADAKERNELS_CUDA_ARCHS", "80;90a"),
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
     for command in (
@@ -141,9 +142,9 @@ class CMakeBuild(build_ext):
             shutil.copy2(Path(self.build_lib) / note, note)
 
 
-native_sources = [path for path in ROOT.glob("csrc/**/*") if path.suffix in {".cpp", ".h", ".cu"}]
+native_sources = [path for path in ROOT.glob("csrc/**/*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"}]
 sources = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in native_sources)]
 setup(
-    ext_modules=[Extension(f"adakernels.{name}", sources=sources) for name in ("_C", "_ops")],
+    ext_modules=[Extension(f"adakernels.{name}", sources=sources) for name in ("_C", "_ops", "_cuda_ops")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -7,6 +7,7 @@ static facts only (shapes, dtypes, devices, arguments), never on what a tensor c
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from adakernels import _extension
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+_WHY_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 logger = logging.getLogger("adakernels")
 
@@ -95,20 +97,71 @@ def can_run_cpu(
     if device.type != "cpu":
         return refuse(op, "cpu", f"the tensors are on '{device}'", raise_error)
     if dtype not in dtypes:
-        *names, last, other = (str(d).removeprefix("torch.") for d in (*dtypes, dtype))
-        reason = f"it has {', '.join(names)} and {last} kernels, not {other}"
-        return refuse(op, "cpu", reason, raise_error)
+        return refuse(op, "cpu", _why_not_dtype(dtype, dtypes), raise_error)
     return True
 
 
-def can_run_triton(op: str, *, raise_error: bool = False) -> bool:
-    """No operator has a Triton kernel."""
-    return refuse(op, "triton", f"there is no Triton kernel for {op}", raise_error)
+def _why_not_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
+    *names, last, other = (str(d).removeprefix("torch.") for d in (*dtypes, dtype))
+    return f"it has {', '.join(names)} and {last} kernels, not {other}"
 
 
-def can_run_cuda(op: str, *, raise_error: bool = False) -> bool:
-    """No operator has a CUDA kernel."""
-    return refuse(op, "cuda", f"there is no CUDA kernel for {op}", raise_error)
+def has_no_kernel(op: str, backend: str, *, raise_error: bool = False) -> bool:
+    """The predicate of an operator on a backend that it has no kernel for."""
+    language = {"triton": "Triton", "cuda": "CUDA"}[backend]
+    return refuse(op, backend, f"there is no {language} kernel for {op}", raise_error)
+
+
+def can_run_triton(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    *,
+    raise_error: bool = False,
+) -> bool:
+    """The part of every operator's Triton predicate that does not depend on it but for its `dtypes`."""
+    reason = _why_not_on_gpu(device, dtype, dtypes) or _WHY_NO_TRITON
+    return not reason or refuse(op, "triton", reason, raise_error)
+
+
+def can_run_cuda(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    *,
+    raise_error: bool = False,
+) -> bool:
+    """The part of every operator's CUDA predicate that does not depend on it but for its `dtypes`."""
+    reason = _why_not_on_gpu(device, dtype, dtypes)
+    if not reason and not _extension.has_cuda:
+        reason = f"the CUDA kernels are not available: {_extension.why_not_cuda}"
+    return not reason or refuse(op, "cuda", reason, raise_error)
+
+
+def _why_not_on_gpu(device: torch.device, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
+    if device.type != "cuda":
+        return f"the tensors are on '{device}'"
+    if dtype not in dtypes:
+        return _why_not_dtype(dtype, dtypes)
+    return _why_not_this_gpu(device.index or 0)
+
+
+def _why_not_this_gpu(index: int) -> str:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"it needs a GPU of compute capability 8.0 or newer, not {major}.{minor}"
+    return ""
+
+
+def gpu_backend() -> str:
+    """The backend that runs an operator which was given CUDA tensors: `"cuda"` or `"triton"`."""
+    if requested_backend() in ("cuda", "triton"):
+        return requested_backend()
+    return "cuda" if _extension.has_cuda else "triton"
 
 
 def choose(requested: str, predicates: Mapping[str, Predicate]) -> str:
@@ -132,8 +185,9 @@ def available_backends() -> dict[str, str]:
     return {
         "reference": "",
         "cpu": "" if _extension.has_cpu else f"the compiled extension is not available: {_extension.why_not}",
-        "triton": "no operator has a Triton kernel",
-        "cuda": "no operator has a CUDA kernel",
+        "triton": _why_not_this_gpu(0) or _WHY_NO_TRITON,
+        "cuda": _why_not_this_gpu(0)
+        or ("" if _extension.has_cuda else f"the CUDA kernels are not available: {_extension.why_not_cuda}"),
     }
 
 

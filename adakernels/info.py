@@ -41,10 +41,11 @@ def versions() -> dict[str, str]:
 def build() -> dict[str, str]:
     """What the native build made, and which of it this processor uses."""
     operators = "loaded" if _extension.has_cpu else _extension.why_not
+    cuda_operators = "loaded" if _extension.has_cuda else _extension.why_not_cuda
     try:
         from adakernels import _C
     except ImportError as error:
-        return {"operators": operators, "build info": f"none: {error}"}
+        return {"operators": operators, "CUDA operators": cuda_operators, "build info": f"none: {error}"}
     made = _C.build_info()
     features = _C.cpu_features()
     try:
@@ -54,6 +55,7 @@ def build() -> dict[str, str]:
     limit = os.environ.get("ADAKERNELS_CPU_ISA", "")
     return {
         "operators": operators,
+        "CUDA operators": cuda_operators,
         "compiler": made["compiler"],
         "against torch": made["torch"],
         "CPU kernels": ", ".join(made["cpu_isas"]),

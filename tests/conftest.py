@@ -1,18 +1,139 @@
-"""What every test shares: a fixed number of threads and the settings of the fuzzing."""
+"""What every test shares: a fixed number of threads, the settings of the fuzzing, the kernels for GPUs."""
 
 from __future__ import annotations
 
-import hypothesis
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-# The first call of a shape may compile, allocate or wait for another process: no deadline holds.
-hypothesis.settings.register_profile(
-    "ci", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("ci")
+from adakernels import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_GPU = torch.cuda.is_available()
+
+# Without a GPU the Triton kernels run in the interpreter. It acts where they are defined, at their import.
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# A machine with a GPU may lack it; the tests of the kernels do without.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # The first call of a shape may compile, allocate or wait for another process: no deadline holds.
+    hypothesis.settings.register_profile(
+        "ci", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(2)
+
+
+def emulated(name: str, *sources: Path) -> Path:
+    """Compile CUDA sources for the host, together with the emulation, into build/emulation/<name>.so."""
+    compiler = os.environ.get("CXX", "").split(" ")[0] or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation needs a C++ compiler")
+    emulation, torch_folder = ROOT / "tests/native/emulation", Path(torch.__file__).parent
+    flags = "-std=c++20 -O2 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -x c++".split()
+    flags += [f"-I{emulation}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    headers = sorted([*ROOT.glob("csrc/cuda/*.cuh"), *emulation.rglob("*.h"), *emulation.rglob("*.cuh")])
+    common = (
+        b"".join(header.read_bytes() for header in headers) + f"{compiler}{flags}{torch.__version__}".encode()
+    )
+    folder = ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> Path:
+        key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
+        target = folder / f"{source.stem}-{key}.o"
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([compiler, *flags, "-c", str(source), "-o", str(unfinished)], check=True)
+            unfinished.rename(target)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(path) for path in pool.map(compiled, [emulation / "emulation.cpp", *sources])]
+    link = [compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    library = folder / f"{name}-{hashlib.sha256(' '.join(link).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*link, "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def emulate() -> Callable[..., Path]:
+    return emulated
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels() -> Any:
+    """The operators of csrc/cuda: on a GPU as they were built, without one for CPU tensors, emulated."""
+    if HAS_GPU:
+        if not _extension.has_cuda:
+            pytest.fail(f"a machine with a GPU must test the CUDA kernels: {_extension.why_not_cuda}")
+    else:
+        torch.ops.load_library(str(emulated("operators", *sorted(ROOT.glob("csrc/cuda/*.cu")))))
+    return torch.ops.adakernels_cuda
+
+
+@pytest.fixture(scope="session")
+def triton_kernels() -> Any:
+    """The functions of adakernels.triton: on a GPU as they are, without one for CPU tensors, interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must test the Triton kernels: triton is not installed")
+        pytest.skip("triton is not installed")
+    from adakernels import triton
+
+    if not HAS_GPU:
+        _let_the_interpreter_count()
+    return triton
+
+
+def _let_the_interpreter_count() -> None:
+    """Bounds of loops are arrays of one element there, which NumPy 2.4 does not convert to int any more."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_count(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_count
+
+
+@dataclass
+class Kernels:
+    """One implementation of the operators for GPUs, and where its tensors have to be."""
+
+    name: str
+    device: str
+    namespace: Any
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        return getattr(self.namespace, op)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """Runs the test on the CUDA and on the Triton kernels, where no call may wait for the GPU."""
+    namespace = request.getfixturevalue(f"{request.param}_kernels")
+    yield Kernels(request.param, "cuda" if HAS_GPU else "cpu", namespace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from adakernels import _extension
 
@@ -68,16 +70,40 @@ def test_wheel_contents(tmp_path: Path) -> None:
     assert [line for line in requirements if "extra ==" not in line] == ["Requires-Dist: torch>=2.10"]
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [("on", "there are no CUDA kernels in csrc/cuda"), ("yes", "must be auto, on or off, got 'yes'")],
-)
-def test_cuda_option_is_checked(value: str, message: str, tmp_path: Path) -> None:
+def configure(folder: Path, *definitions: str, **environment: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
-    import torch
+    torch_folder = Path(torch.__file__).parent
+    definitions = (
+        f"-DADAKERNELS_TORCH_DIR={torch_folder}",
+        f"-DADAKERNELS_PYBIND11_INCLUDE_DIR={torch_folder / 'include'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        *definitions,
+    )
+    return run("cmake", "-S", str(ROOT), "-B", str(folder), *definitions, **environment)
 
-    definitions = [f"-DADAKERNELS_TORCH_DIR={Path(torch.__file__).parent}", f"-DADAKERNELS_CUDA={value}"]
-    result = run("cmake", "-S", str(ROOT), "-B", str(tmp_path), *definitions)
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("on", "CMake finds no CUDA compiler"), ("yes", "must be auto, on or off, got 'yes'")],
+)
+def test_cuda_option_is_checked(value: str, message: str, tmp_path: Path) -> None:
+    result = configure(tmp_path, f"-DADAKERNELS_CUDA={value}", CUDACXX="no-such-nvcc")
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_says_at_once_that_there_is_no_gpu() -> None:
+    result = run(str(ROOT / ".ci" / "gpu"), sys.executable)
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(r"make gpu: torch .*(has no CUDA|finds no NVIDIA GPU)\n", result.stderr)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_library_builds_where_torch_has_no_cuda(tmp_path: Path) -> None:
+    result = configure(tmp_path, "-DADAKERNELS_CUDA=on", "-DADAKERNELS_CUDA_ARCHS=80")
+    assert result.returncode == 0, result.stderr
+    result = run("cmake", "--build", str(tmp_path), "--target", "_cuda_ops")
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "adakernels" / "_cuda_ops.so").exists()

@@ -115,7 +115,7 @@ library.define("checked_range(Tensor values, SymInt end, str sentence) -> Tensor
 
 @torch.library.impl(library, "checked_range", "CompositeExplicitAutograd")
 def _checked_range(values: Tensor, end: int, sentence: str) -> Tensor:
-    readable = values.device.type == "cpu" or os.environ.get("ADAKERNELS_DEBUG") == "1"
+    readable = values.device.type == "cpu" or debugging()
     if readable and values.numel() > 0:
         least, most = (int(value) for value in values.aminmax())
         check_value(
@@ -128,6 +128,11 @@ def _checked_range(values: Tensor, end: int, sentence: str) -> Tensor:
 @torch.library.register_fake("adakernels::checked_range", lib=library)
 def _checked_range_fake(values: Tensor, end: int, sentence: str) -> Tensor:
     return torch.empty_like(values, dtype=torch.int64)
+
+
+def debugging() -> bool:
+    """Whether to look at numbers that only the device knows, which makes the host wait for it."""
+    return os.environ.get("ADAKERNELS_DEBUG") == "1"
 
 
 def checked_range(values: Tensor, end: int, sentence: str) -> Tensor:

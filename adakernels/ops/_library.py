@@ -10,9 +10,43 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from adakernels import backends
+
 library = Library("adakernels", "DEF")
+_cuda_library = Library("adakernels_cuda", "DEF")
+
+gpu_operators: list[str] = []
+"""Names of the operators that have GPU kernels."""
 
 _flop_formulas: dict[Any, Callable[..., int]] = {}
+
+
+def run_on_gpu(*names: str) -> None:
+    """Hand these operators, when they are given CUDA tensors, to the kernels of the same name.
+
+    Those are either the operator of that name and schema in the namespace `adakernels_cuda`, which
+    `_cuda_ops.so` implements, or the function of that name and those arguments in `adakernels.triton`.
+    """
+    for name in names:
+        schema = str(getattr(torch.ops.adakernels, name).default._schema)
+        _cuda_library.define(schema.removeprefix("adakernels::"))
+        library.impl(name, _gpu_entry(name), "CUDA")
+        gpu_operators.append(name)
+
+
+def _gpu_entry(name: str) -> Callable[..., Any]:
+    compiled = getattr(torch.ops.adakernels_cuda, name).default
+
+    def entry(*args: Any) -> Any:
+        if backends.gpu_backend() == "cuda":
+            return compiled(*args)
+        # Imports Triton, which takes a while.
+        from adakernels import triton
+
+        with torch.cuda.device_of(args[0]):
+            return getattr(triton, name)(*args)
+
+    return entry
 
 
 def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:

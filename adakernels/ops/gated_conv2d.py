@@ -214,8 +214,8 @@ def _predicates(
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
     return {
-        "cuda": partial(backends.can_run_cuda, "gated_conv2d"),
-        "triton": partial(backends.can_run_triton, "gated_conv2d"),
+        "cuda": partial(backends.has_no_kernel, "gated_conv2d", "cuda"),
+        "triton": partial(backends.has_no_kernel, "gated_conv2d", "triton"),
         "cpu": partial(can_run_cpu, input, weight, groups),
     }
 

@@ -13,7 +13,7 @@ from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts, optional_facts
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library.define(
@@ -31,7 +31,9 @@ library.define(
     "SymInt[4] input_shape) -> Tensor",
     tags=TAGS,
 )
+run_on_gpu("patch_gather", "patch_gather_grad_origin", "patch_gather_grad_input")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
 def patch_gather_reference(
@@ -159,10 +161,20 @@ def can_run_cpu(input: Facts, *, raise_error: bool = False) -> bool:
     return backends.can_run_cpu("patch_gather", input[2], input[1], CPU_DTYPES, raise_error=raise_error)
 
 
+def can_run_triton(input: Facts, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a call on such an input."""
+    return backends.can_run_triton("patch_gather", input[2], input[1], GPU_DTYPES, raise_error=raise_error)
+
+
+def can_run_cuda(input: Facts, *, raise_error: bool = False) -> bool:
+    """Whether the CUDA kernels can run a call on such an input."""
+    return backends.can_run_cuda("patch_gather", input[2], input[1], GPU_DTYPES, raise_error=raise_error)
+
+
 def _predicates(input: Facts) -> Mapping[str, backends.Predicate]:
     return {
-        "cuda": partial(backends.can_run_cuda, "patch_gather"),
-        "triton": partial(backends.can_run_triton, "patch_gather"),
+        "cuda": partial(can_run_cuda, input),
+        "triton": partial(can_run_triton, input),
         "cpu": partial(can_run_cpu, input),
     }
 
@@ -293,10 +305,11 @@ def patch_gather(
         optional_facts(op, "std", std),
     )
     mean, std = (None if x is None else x.detach() for x in (mean, std))
+    # The kernels for the CPU look at the indices themselves, those for GPUs do not.
+    if frame_index is not None and (backend == "reference" or _checks.debugging()):
+        sentence = "patch_gather: expected frame_index values from 0 to N - 1 = {}"
+        frame_index = _checks.checked_range(frame_index, input.shape[0], sentence)
     if backend == "reference":
-        if frame_index is not None:
-            sentence = "patch_gather: expected frame_index values from 0 to N - 1 = {}"
-            frame_index = _checks.checked_range(frame_index, input.shape[0], sentence)
         output = patch_gather_reference(input, origin, sizes, frame_index=frame_index, mean=mean, std=std)
         return dense(output, like=input)
     return call(

@@ -13,7 +13,7 @@ from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, previous_frame
 
 library.define(
@@ -25,6 +25,7 @@ library.define(
     "bool grad_policy) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+run_on_gpu("temporal_fuse", "temporal_fuse_backward")
 
 
 def temporal_fuse_reference(
@@ -94,10 +95,20 @@ def can_run_cpu(input: Facts, *, raise_error: bool = False) -> bool:
     return backends.can_run_cpu("temporal_fuse", input[2], input[1], raise_error=raise_error)
 
 
+def can_run_triton(input: Facts, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a call on such an input."""
+    return backends.can_run_triton("temporal_fuse", input[2], input[1], raise_error=raise_error)
+
+
+def can_run_cuda(input: Facts, *, raise_error: bool = False) -> bool:
+    """Whether the CUDA kernels can run a call on such an input."""
+    return backends.can_run_cuda("temporal_fuse", input[2], input[1], raise_error=raise_error)
+
+
 def _predicates(input: Facts) -> Mapping[str, backends.Predicate]:
     return {
-        "cuda": partial(backends.can_run_cuda, "temporal_fuse"),
-        "triton": partial(backends.can_run_triton, "temporal_fuse"),
+        "cuda": partial(can_run_cuda, input),
+        "triton": partial(can_run_triton, input),
         "cpu": partial(can_run_cpu, input),
     }
 
@@ -144,9 +155,11 @@ def temporal_fuse(
             0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
     what = facts("temporal_fuse", "input", input), facts("temporal_fuse", "policy", policy)
-    if _plan(backends.requested_backend(), *what, frames) == "reference":
-        if not is_soft(policy):
-            policy = checked_policy(policy, "temporal_fuse", "policy")
+    backend = _plan(backends.requested_backend(), *what, frames)
+    # The kernels for the CPU look at the values themselves, those for GPUs do not.
+    if not is_soft(policy) and (backend == "reference" or _checks.debugging()):
+        policy = checked_policy(policy, "temporal_fuse", "policy")
+    if backend == "reference":
         return dense(temporal_fuse_reference(input, policy, frames=frames), like=input)
     policy = policy.to(input.dtype).contiguous() if is_soft(policy) else as_index(policy)
     return call(torch.ops.adakernels.temporal_fuse.default, dense(input), policy, frames)

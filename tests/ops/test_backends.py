@@ -32,7 +32,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_available_backends() -> None:
     reasons = ak.available_backends()
     assert list(reasons) == ["reference", "cpu", "triton", "cuda"]
-    assert reasons["reference"] == "" and reasons["triton"] and reasons["cuda"]
+    assert reasons["reference"] == ""
+    if not torch.cuda.is_available():
+        assert reasons["triton"] == reasons["cuda"] == "torch finds no NVIDIA GPU"
     assert (reasons["cpu"] == "") == _extension.has_cpu
 
 
@@ -64,16 +66,13 @@ def test_environment_variable() -> None:
 def test_forced_backend_that_cannot_run(name: str) -> None:
     input, weight, bias, policy = tensors()
     with ak.use_backend(name):
-        for op in ("gated_conv2d", "temporal_fuse"):
-            call = (
-                (lambda: ak.gated_conv2d(input, weight, bias, policy, padding=1))
-                if op == "gated_conv2d"
-                else (lambda: ak.temporal_fuse(input, policy[:, :4], frames=1))
-            )
-            with pytest.raises(
-                ValueError, match=rf"{op}: backend '{name}' cannot run this call: there is no"
-            ):
-                call()
+        cannot = f"backend '{name}' cannot run this call"
+        with pytest.raises(
+            ValueError, match=f"gated_conv2d: {cannot}: there is no .* kernel for gated_conv2d"
+        ):
+            ak.gated_conv2d(input, weight, bias, policy, padding=1)
+        with pytest.raises(ValueError, match=f"temporal_fuse: {cannot}: the tensors are on 'cpu'"):
+            ak.temporal_fuse(input, policy[:, :4], frames=1)
 
 
 @pytest.mark.usefixtures("cpu_backend")

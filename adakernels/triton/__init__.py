@@ -1,0 +1,15 @@
+"""The Triton kernels. Imported when a CUDA tensor comes, for it imports Triton.
+
+Every function has the name and the arguments of the operator that it implements.
+"""
+
+from adakernels.triton.patch_gather import patch_gather, patch_gather_grad_input, patch_gather_grad_origin
+from adakernels.triton.temporal_fuse import temporal_fuse, temporal_fuse_backward
+
+__all__ = [
+    "patch_gather",
+    "patch_gather_grad_input",
+    "patch_gather_grad_origin",
+    "temporal_fuse",
+    "temporal_fuse_backward",
+]

@@ -1,0 +1,81 @@
+// Tensors of the stable ABI as the launchers see them.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace adakernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kVectorBytes = 16;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls run(T()) with the element type of a float32, float16 or bfloat16 tensor.
+template <typename Run>
+void for_float_type(const Tensor& tensor, const char* name, const Run& run) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::Half:
+      return run(c10::Half());
+    case ScalarType::BFloat16:
+      return run(c10::BFloat16());
+    default:
+      STD_TORCH_CHECK(false, name, ": expected a float32, float16 or bfloat16 tensor");
+  }
+}
+
+// Calls run(std::integral_constant<int, kVector>()): values of T in a vector where those fit, else 1.
+template <typename T, typename Run>
+void for_vector_size(bool fit, const Run& run) {
+  if (fit)
+    run(std::integral_constant<int, kVectorBytes / sizeof(T)>());
+  else
+    run(std::integral_constant<int, 1>());
+}
+
+// Whether a tensor [N, C, H, W] lies in memory without gaps, in the order of one of the two formats.
+inline bool has_format(const Tensor& tensor, bool channels_last) {
+  if (!channels_last) return tensor.is_contiguous();
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+// Whether a tensor [N, C, H, W] is channels-last and not contiguous too; throws where it is neither.
+inline bool is_channels_last(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected a tensor of 4 dimensions");
+  if (tensor.is_contiguous()) return false;
+  STD_TORCH_CHECK(has_format(tensor, true), name, ": expected a contiguous or channels-last tensor");
+  return true;
+}
+
+// Whether 16-byte accesses can begin at the tensor's data.
+inline bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace adakernels

@@ -1,0 +1,97 @@
+"""Compiles the Triton kernels for one GPU that need not be there: `python compile_triton.py 90 FOLDER`.
+
+Every call of CALLS runs its launcher on CPU tensors while a driver stands in that only says which GPU to
+compile for, so each kernel is compiled with the arguments, specialisations and options that it is launched
+with. The cubins go to FOLDER, named after call, dtype, kernel and number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from adakernels import triton as kernels
+
+
+def temporal_fuse(dtype: torch.dtype, soft: bool, format: torch.memory_format) -> None:
+    input = torch.zeros(8, 64, 14, 14, dtype=dtype).contiguous(memory_format=format)
+    policy = torch.zeros(8, 64, 3, dtype=dtype) if soft else torch.zeros(8, 64, dtype=torch.int64)
+    kernels.temporal_fuse(input, policy, 4)
+    kernels.temporal_fuse_backward(input, input, policy, 4, True, soft)
+
+
+def patch_gather(
+    dtype: torch.dtype, indexed: bool, shape: tuple[int, ...], format: torch.memory_format
+) -> None:
+    input = torch.zeros(shape, dtype=dtype).contiguous(memory_format=format)
+    size = [extent - 1 for extent in shape[2:]]
+    index = torch.zeros(shape[0], dtype=torch.int64) if indexed else None
+    constants = torch.zeros(shape[1]) if indexed else None
+    origin = torch.zeros(shape[0], 2)
+    grad = kernels.patch_gather(input, origin, size, index, constants, constants)
+    kernels.patch_gather(input.to(torch.uint8), origin, size, index, constants, constants)
+    kernels.patch_gather_grad_origin(grad, input, origin, index, constants)
+    kernels.patch_gather_grad_input(grad, origin, index, constants, shape)
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Name -> what launches every kernel of an operator, for one dtype.
+CALLS: dict[str, Callable[[torch.dtype], None]] = {}
+for name, format in FORMATS.items():
+    for soft in (False, True):
+        CALLS[f"temporal_fuse-{name}-{'soft' if soft else 'values'}"] = partial(
+            temporal_fuse, soft=soft, format=format
+        )
+    # With a size of 1 Triton makes a constant of it.
+    for shape in ((8, 3, 224, 224), (1, 1, 2, 2)):
+        for indexed in (False, True):
+            CALLS[f"patch_gather-{name}-{shape[0]}-{'indexed' if indexed else 'one_each'}"] = partial(
+                patch_gather, indexed=indexed, shape=shape, format=format
+            )
+
+
+class StandIn:
+    """What a launch asks of Triton's driver until it has compiled."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(capability: int, folder: Path) -> None:
+    triton.runtime.driver.set_active(StandIn(capability))
+    launch = triton.JITFunction.run
+    compiled: list[tuple[str, Any]] = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    triton.JITFunction.run = compile_only
+    for name, call in CALLS.items():
+        for dtype in DTYPES:
+            compiled.clear()
+            call(dtype)
+            assert compiled, f"{name} launches no kernel"
+            for number, (kernel, code) in enumerate(compiled):
+                file = f"{name}.{str(dtype).removeprefix('torch.')}.{kernel}.{number}.cubin"
+                (folder / file).write_bytes(code.asm["cubin"])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

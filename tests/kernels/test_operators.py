@@ -1,0 +1,153 @@
+"""The public operators on the GPU kernels: dispatch, autograd, compilation, and on a GPU also streams.
+
+Without a GPU the kernels stand in for those of the CPU, so that all but the GPU itself is the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+import adakernels as ak
+from adakernels.ops import _library, patch_gather_reference, temporal_fuse_reference
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def make_fuse(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    """Differentiable arguments, the operator and its reference."""
+    input, policy = torch.randn(6, 8, 5, 4, device=device), torch.rand(6, 8, 3, device=device)
+    return (
+        [input.contiguous(memory_format=torch.channels_last), policy],
+        lambda input, policy: ak.temporal_fuse(input, policy, frames=3),
+        lambda input, policy: temporal_fuse_reference(input, policy, frames=3),
+    )
+
+
+def make_gather(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    input, origin = torch.randn(3, 3, 9, 8, device=device), torch.rand(3, 2, device=device) * 4
+    mean, std = torch.rand(3, device=device), torch.rand(3, device=device) + 0.5
+    return (
+        [input, origin],
+        lambda input, origin: ak.patch_gather(input, origin, 4, mean=mean, std=std),
+        lambda input, origin: patch_gather_reference(input, origin, (4, 4), mean=mean, std=std),
+    )
+
+
+OPERATORS = {"temporal_fuse": make_fuse, "patch_gather": make_gather}
+
+
+@pytest.fixture
+def on_kernels(kernels: Any) -> Iterator[str]:
+    """The operators run on the kernels; gives the device to run on."""
+    if HAS_GPU:
+        with ak.use_backend(kernels.name):
+            yield "cuda"
+        return
+    stand_in = torch.library.Library("adakernels", "IMPL")
+    for name in _library.gpu_operators:
+        stand_in.impl(
+            name, lambda *args, _name=name: getattr(kernels, _name)(*args), "CPU", allow_override=True
+        )
+    with ak.use_backend("cpu"):
+        yield "cpu"
+    stand_in._destroy()
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+def test_gradients(on_kernels: str, make: Callable[..., Any]) -> None:
+    leaves, op, reference = make(on_kernels)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    if HAS_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = op(*leaves)
+        grad = torch.ones_like(got).expand_as(got)
+        grads = torch.autograd.grad(got, leaves, grad)
+    finally:
+        if HAS_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    want = reference(*leaves)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for mine, exact in zip(grads, torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+def test_compiled(on_kernels: str, make: Callable[..., Any]) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for _ in range(2):
+        leaves, op, reference = make(on_kernels)
+        compiled = torch.compile(op, backend=counter, fullgraph=True)
+        torch.testing.assert_close(compiled(*leaves), reference(*leaves), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", _library.gpu_operators)
+def test_every_kernel_has_the_arguments_of_its_operator(name: str, triton_kernels: Any) -> None:
+    schema = getattr(torch.ops.adakernels, name).default._schema
+    compiled = getattr(torch.ops.adakernels_cuda, name).default._schema
+    assert str(compiled).removeprefix("adakernels_cuda::") == str(schema).removeprefix("adakernels::")
+    arguments = list(inspect.signature(getattr(triton_kernels, name)).parameters)
+    assert arguments == [argument.name for argument in schema.arguments]
+
+
+def test_entry_follows_the_requested_backend(
+    cuda_kernels: Any, triton_kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = _library._gpu_entry("temporal_fuse")
+    device = "cuda" if HAS_GPU else "cpu"
+    input, policy = torch.randn(4, 3, 2, 2, device=device), torch.randint(0, 3, (4, 3), device=device)
+    calls: list[str] = []
+    real = triton_kernels.temporal_fuse
+    monkeypatch.setattr(triton_kernels, "temporal_fuse", lambda *args: calls.append("triton") or real(*args))
+    want = temporal_fuse_reference(input, policy, frames=2)
+    for backend, triton_calls in (("cuda", 0), ("triton", 1)):
+        with ak.use_backend(backend):
+            assert torch.equal(entry(input, policy, 2), want)
+        assert len(calls) == triton_calls
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+def test_graph_follows_its_arguments(on_kernels: str, make: Callable[..., Any]) -> None:
+    leaves, op, reference = make(on_kernels)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        op(*leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = op(*leaves)
+    for leaf in leaves:
+        leaf.copy_(torch.rand_like(leaf))
+    graph.replay()
+    torch.testing.assert_close(output, reference(*leaves), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"] if HAS_GPU else ["reference", "cpu"])
+def test_debugging_looks_at_values(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAKERNELS_DEBUG", "1")
+    device = "cuda" if HAS_GPU else "cpu"
+    with ak.use_backend(backend):
+        with pytest.raises(ValueError, match=r"temporal_fuse: expected policy values .*, got 3"):
+            ak.temporal_fuse(
+                torch.zeros(1, 1, 1, 1, device=device), torch.tensor([[3]], device=device), frames=1
+            )
+        with pytest.raises(
+            ValueError, match=r"patch_gather: expected frame_index values from 0 to N - 1 = 0"
+        ):
+            ak.patch_gather(
+                torch.zeros(1, 1, 2, 2, device=device),
+                torch.zeros(1, 2, device=device),
+                1,
+                frame_index=torch.tensor([1], device=device),
+            )
