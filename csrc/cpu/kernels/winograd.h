@@ -74,6 +74,9 @@ inline auto with_method(const Convolution& conv, const Use& use) {
   return conv.step_y == 1 ? use(UnitStride{}) : use(StrideTwo{});
 }
 
+// What the sums of as many rows take as are computed together.
+constexpr int64_t kSumBytes = 512 * 1024;
+
 // The tap of the smallest offsets, be they in ascending order or, as in a gradient, in descending order.
 inline const Tap& first_tap(const Convolution& conv) {
   const Tap &front = conv.taps.front(), &back = conv.taps.back();
@@ -357,8 +360,16 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
 void convolve_winograd(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
   float* points = static_cast<float*>(scratch.reserve(winograd_points_size(conv, unit, tile) * 4, 1));
   with_method(conv, [&](auto method) {
-    transform_unit<decltype(method)>(conv, unit, tile, points, scratch);
-    multiply_unit<decltype(method)>(conv, unit, tile, points, scratch);
+    using Method = decltype(method);
+    transform_unit<Method>(conv, unit, tile, points, scratch);
+    const int64_t fitting = kSumBytes / (4 * Method::sums * Method::sums * Blocks(tile).room);
+    const int64_t row_count = tile.row_end - tile.row_begin, parts = row_count / std::max<int64_t>(kRows, fitting) + 1;
+    for (int64_t p = 0; p < parts; ++p) {
+      Tile part = tile;
+      part.row_begin = tile.row_begin + row_count * p / parts;
+      part.row_end = tile.row_begin + row_count * (p + 1) / parts;
+      multiply_unit<Method>(conv, unit, part, points, scratch);
+    }
   });
 }
 
