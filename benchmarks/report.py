@@ -33,7 +33,6 @@ PATCH_TITLES = {
     "patch_origin": "forward + origin",
     "patch_both": "forward + both",
 }
-PATCH_GROUPS = ("copy", "ours", "slices", "sampled")
 
 Record = Mapping[str, Any]
 Results = Mapping[str, Any]

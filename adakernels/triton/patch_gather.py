@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adakernels.triton.limits import check_frame
+
 BLOCK = 1024
 BLOCK_SUM = 512
 BLOCK_FRAME = 512
@@ -216,6 +218,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 def _geometry(shape: Sequence[int], size: Sequence[int], channels_last: bool) -> dict[str, int]:
     """A frame and a patch as planes of rows of numbers: C planes, or one plane with C numbers per pixel."""
+    check_frame("patch_gather", tuple(shape))
     _, channels, height, width = shape
     step = channels if channels_last else 1
     return {

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adakernels.triton.limits import check_frame
+
 BLOCK = 1024
 BLOCK_CHANNELS = 32
 BLOCK_PIXELS = 64
@@ -108,6 +110,7 @@ def _mix(
     frames: int,
     neighbour: int,
 ) -> Tensor:  # [N, C, H, W]
+    check_frame("temporal_fuse", source.shape)
     output = torch.empty_like(source)
     if output.numel() > 0:
         rows, channels, height, width = source.shape

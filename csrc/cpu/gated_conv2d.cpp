@@ -47,6 +47,8 @@ Problem problem_of(const Tensor& input,   // [N, C_in, H, W]
   STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0 && weight.size(1) * groups == input.size(1),
                   "gated_conv2d: expected weight of shape [C_out, C_in/groups, kh, kw]");
   STD_TORCH_CHECK(weight.numel() <= INT32_MAX, "gated_conv2d: the weight has too many elements");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "gated_conv2d: expected two numbers each as stride, padding and dilation");
   for (size_t d = 0; d < 2; ++d)
     STD_TORCH_CHECK(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0 &&
                         input.size(2 + int64_t(d)) + 2 * padding[d] > dilation[d] * (weight.size(2 + int64_t(d)) - 1),

@@ -226,6 +226,7 @@ Tensor patch_gather(const Tensor& input,   // [N, C, H, W]
                     const std::optional<Tensor>& mean,         // [C]
                     const std::optional<Tensor>& std) {        // [C]
   const bool channels_last = check_frames(input);
+  STD_TORCH_CHECK(size.size() == 2, "patch_gather: expected two sizes of a patch");
   const Patches patches(origin, frame_index, mean, std, sizes_of(input), size[0], size[1], channels_last,
                         unit_of(input));
   Tensor output = empty_like_format(input, {patches.count, patches.channels, size[0], size[1]},
@@ -292,7 +293,7 @@ Tensor patch_gather_grad_input(const Tensor& grad,                        // [M,
                                std::vector<int64_t> input_shape) {
   check_features(grad, "patch_gather: gradient");
   const bool channels_last = is_channels_last(grad);
-  STD_TORCH_CHECK(has_format(grad, channels_last) && input_shape[1] == grad.size(1) && origin.size(0) == grad.size(0),
+  STD_TORCH_CHECK(has_format(grad, channels_last) && input_shape.size() == 4 && input_shape[1] == grad.size(1) && origin.size(0) == grad.size(0),
                   "patch_gather: expected a contiguous or channels-last gradient of the output's shape");
   const Patches patches(origin, frame_index, std::nullopt, std, input_shape, grad.size(2), grad.size(3), channels_last,
                         1.f);

@@ -389,6 +389,7 @@ Tensor patch_gather(const Tensor& input,   // [N, C, H, W]
   const bool channels_last = is_channels_last(input, "patch_gather: input");
   const bool bytes = input.scalar_type() == ScalarType::Byte;
   const int64_t frames[4] = {input.size(0), input.size(1), input.size(2), input.size(3)};
+  STD_TORCH_CHECK(size.size() == 2, "patch_gather: expected two sizes of a patch");
   const Geometry shape = geometry(origin.size(0), frames, size[0], size[1], channels_last);
   const Constants constants = constants_of(origin, frame_index, mean, std, frames[0], frames[1], bytes);
   Tensor output = empty_in_format(input, {origin.size(0), frames[1], size[0], size[1]},
@@ -447,6 +448,7 @@ Tensor patch_gather_grad_input(const Tensor& grad,                 // [M, C, P_h
                                std::optional<Tensor> std,          // [C]
                                std::vector<int64_t> input_shape) {
   const bool channels_last = is_channels_last(grad, "patch_gather: gradient");
+  STD_TORCH_CHECK(input_shape.size() == 4, "patch_gather: expected an input of 4 dimensions");
   const int64_t frames[4] = {input_shape[0], input_shape[1], input_shape[2], input_shape[3]};
   STD_TORCH_CHECK(grad.size(0) == origin.size(0) && grad.size(1) == frames[1],
                   "patch_gather: expected a gradient of the output's shape");

@@ -74,7 +74,7 @@ class StandIn:
         return 0
 
 
-def main(capability: int, folder: Path) -> None:
+def main(capability: int, folder: Path, shared_limit: int) -> None:
     triton.runtime.driver.set_active(StandIn(capability))
     launch = triton.JITFunction.run
     compiled: list[tuple[str, Any]] = []
@@ -89,9 +89,11 @@ def main(capability: int, folder: Path) -> None:
             call(dtype)
             assert compiled, f"{name} launches no kernel"
             for number, (kernel, code) in enumerate(compiled):
+                shared = code.metadata.shared
+                assert shared <= shared_limit, f"{name}: {kernel} takes {shared} bytes of shared memory"
                 file = f"{name}.{str(dtype).removeprefix('torch.')}.{kernel}.{number}.cubin"
                 (folder / file).write_bytes(code.asm["cubin"])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -94,7 +94,7 @@ def triton_cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Pa
         env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(base / f"cache{capability}")}
         script = Path(__file__).with_name("compile_triton.py")
         done = subprocess.run(
-            [sys.executable, str(script), str(capability), str(folder)],
+            [sys.executable, str(script), str(capability), str(folder), str(SHARED_LIMIT[capability])],
             env=env,
             cwd=ROOT,
             capture_output=True,

@@ -86,7 +86,7 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const int64_t live_count = unit.live_count, first_live = live_count > 0 ? unit.live[0].channel : 0;
   const int64_t count = tile.x_end - tile.x_begin, whole = count / kLanes * kLanes, rest = count - whole;
   const bool gapless = live_count > 0 && channel_span(unit.live, live_count) == live_count;
-  const bool dots = rest <= kLanes / 2 && gapless && conv.weight_channel == 1;
+  const bool dots = rest <= kMostDots && gapless && conv.weight_channel == 1;
   Layout layout;
   const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
   const int64_t copy_at = layout.add<float>(live_count * kLanes);

@@ -53,6 +53,16 @@ inline void mix_along_y(Out* __restrict to, const float* __restrict above, float
   }
 }
 
+// to[i] = row[i] * scale + shift; without normalisation the number itself, be it infinite or -0.
+template <typename Out>
+inline void finish_row(Out* __restrict to, const float* __restrict row, int64_t count, const Normalisation& n) {
+  if (n.step == 0 && n.scale[0] == 1 && n.shift[0] == 0) {
+    for (int64_t i = 0; i < count; ++i) from_float(to[i], row[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) from_float(to[i], row[i] * n.scale[i * n.step] + n.shift[i * n.step]);
+  }
+}
+
 template <typename T>
 void gather_typed(const PatchRows& p, void* target, Scratch& scratch) {
   using Out = std::conditional_t<std::is_same_v<T, uint8_t>, float, T>;
@@ -66,7 +76,7 @@ void gather_typed(const PatchRows& p, void* target, Scratch& scratch) {
     from += p.source_stride;
     if (r + kAhead < p.row_count) prefetch_row(from + kAhead * p.source_stride, p.count + p.right);
     if (p.fraction_y == 0) {
-      mix_along_y(to, above, 1.f, above, 0.f, p.count, p.normalisation);
+      finish_row(to, above, p.count, p.normalisation);
       if (r + 1 < p.row_count) mix_along_x(above, from, p.count, p.right, p.fraction_x);
       continue;
     }
@@ -114,8 +124,8 @@ void differentiate_typed(const PatchRows& p, const void* gradient, double* sums,
   const T* from = static_cast<const T*>(p.source);
   const Out* to = static_cast<const Out*>(gradient);
   const int64_t width = p.count + p.right;
-  float* rooms[3];
-  for (int i = 0; i < 3; ++i) rooms[i] = static_cast<float*>(scratch.reserve(3 * width * 4)) + i * width;
+  float* const room = static_cast<float*>(scratch.reserve(3 * width * 4));
+  float* rooms[3] = {room, room + width, room + 2 * width};
   const float* d = nullptr;
   V along_y = {}, along_x = {};
   for (int64_t r = 0; r < p.row_count; ++r, from += p.source_stride, to += p.count) {
