@@ -53,7 +53,7 @@ inline void mix_along_y(Out* __restrict to, const float* __restrict above, float
   }
 }
 
-// to[i] = row[i] * scale + shift; without normalisation the number itself, be it infinite or -0.
+// to[i] = row[i] * scale + shift; without normalisation the number itself, be it infinite.
 template <typename Out>
 inline void finish_row(Out* __restrict to, const float* __restrict row, int64_t count, const Normalisation& n) {
   if (n.step == 0 && n.scale[0] == 1 && n.shift[0] == 0) {
