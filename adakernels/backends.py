@@ -20,6 +20,7 @@ import torch
 from adakernels import _extension
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+ON_GPU = ("cuda", "triton")
 _WHY_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 logger = logging.getLogger("adakernels")
@@ -157,11 +158,11 @@ def _why_not_this_gpu(index: int) -> str:
     return ""
 
 
-def gpu_backend() -> str:
-    """The backend that runs an operator which was given CUDA tensors: `"cuda"` or `"triton"`."""
-    if requested_backend() in ("cuda", "triton"):
+def gpu_backend(kernels: Sequence[str] = ON_GPU) -> str:
+    """The backend that runs an operator which was given CUDA tensors, of those that it has kernels for."""
+    if requested_backend() in kernels:
         return requested_backend()
-    return "cuda" if _extension.has_cuda else "triton"
+    return "cuda" if "cuda" in kernels and _extension.has_cuda else "triton"
 
 
 def choose(requested: str, predicates: Mapping[str, Predicate]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts
+from adakernels.ops._layout import empty_in_format
 
 ACTIVATIONS = (None, "relu", "relu6", "silu")
 _SPATIAL = {2: ("H, W", "kh, kw"), 3: ("T, H, W", "kt, kh, kw")}
@@ -97,6 +99,21 @@ def conv_arguments(
     )
     output = tuple((size - r - 1) // s + 1 for size, r, s in zip(padded, reach, strides, strict=True))
     return ConvArguments(strides, paddings, dilations, groups, pad, ACTIVATIONS.index(activation), output)
+
+
+def empty_output(
+    input: Tensor,  # [N, C_in, ...]
+    weight: Tensor,  # [C_out, C_in/groups, ...]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # [N, C_out, ...]
+    """What a convolution's output is before it is filled: of the input's dtype and memory format."""
+    size = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    return empty_in_format(input, (input.shape[0], weight.shape[0], *size))
 
 
 def activate(input: Tensor, activation: str | None) -> Tensor:

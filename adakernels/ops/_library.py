@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,30 +15,31 @@ from adakernels import backends
 library = Library("adakernels", "DEF")
 _cuda_library = Library("adakernels_cuda", "DEF")
 
-gpu_operators: list[str] = []
-"""Names of the operators that have GPU kernels."""
+gpu_operators: dict[str, Sequence[str]] = {}
+"""The operators that have GPU kernels, and the backends of these."""
 
 _flop_formulas: dict[Any, Callable[..., int]] = {}
 
 
-def run_on_gpu(*names: str) -> None:
+def run_on_gpu(*names: str, kernels: Sequence[str] = backends.ON_GPU) -> None:
     """Hand these operators, when they are given CUDA tensors, to the kernels of the same name.
 
     Those are either the operator of that name and schema in the namespace `adakernels_cuda`, which
-    `_cuda_ops.so` implements, or the function of that name and those arguments in `adakernels.triton`.
+    `_cuda_ops.so` implements, or the function of that name and those arguments in `adakernels.triton`;
+    `kernels` says which of the two there are.
     """
     for name in names:
         schema = str(getattr(torch.ops.adakernels, name).default._schema)
         _cuda_library.define(schema.removeprefix("adakernels::"))
-        library.impl(name, _gpu_entry(name), "CUDA")
-        gpu_operators.append(name)
+        library.impl(name, _gpu_entry(name, kernels), "CUDA")
+        gpu_operators[name] = kernels
 
 
-def _gpu_entry(name: str) -> Callable[..., Any]:
+def _gpu_entry(name: str, kernels: Sequence[str] = backends.ON_GPU) -> Callable[..., Any]:
     compiled = getattr(torch.ops.adakernels_cuda, name).default
 
     def entry(*args: Any) -> Any:
-        if backends.gpu_backend() == "cuda":
+        if backends.gpu_backend(kernels) == "cuda":
             return compiled(*args)
         # Imports Triton, which takes a while.
         from adakernels import triton

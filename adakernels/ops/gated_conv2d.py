@@ -14,9 +14,9 @@ from torch import Tensor
 from adakernels import backends, flops
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts, optional_facts
-from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments
+from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments, empty_output
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
@@ -31,6 +31,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+run_on_gpu("gated_conv2d", kernels=("triton",))
 
 
 def gated_conv2d_reference(
@@ -68,11 +69,7 @@ def _fake(
     groups: int,
     activation: int,
 ) -> Tensor:
-    size = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
-    ]
-    return empty_in_format(input, (input.shape[0], weight.shape[0], *size))
+    return empty_output(input, weight, stride, padding, dilation)
 
 
 @torch.library.register_fake("adakernels::gated_conv2d_backward", lib=library)
@@ -198,26 +195,41 @@ def gated_conv2d_flops(
     return float(out_channels * (channels // groups) * taps), (needed * live).sum(1) * taps
 
 
-def can_run_cpu(input: Facts, weight: Facts, groups: int, *, raise_error: bool = False) -> bool:
+def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
     """Whether the C++ kernels can run a call on such tensors."""
     if not backends.can_run_cpu("gated_conv2d", input[2], input[1], raise_error=raise_error):
         return False
-    if groups not in (1, input[0][1]):
-        reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
-        return backends.refuse("gated_conv2d", "cpu", reason, raise_error)
-    return True
+    return _has_groups("cpu", input, groups, raise_error)
+
+
+def can_run_triton(input: Facts, groups: int, gradient: bool, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a call on such tensors, which may need a gradient."""
+    if not backends.can_run_triton("gated_conv2d", input[2], input[1], raise_error=raise_error):
+        return False
+    if gradient:
+        return backends.refuse("gated_conv2d", "triton", "it has no gradient there", raise_error)
+    return _has_groups("triton", input, groups, raise_error)
+
+
+def _has_groups(backend: str, input: Facts, groups: int, raise_error: bool) -> bool:
+    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
+    return groups in (1, input[0][1]) or backends.refuse("gated_conv2d", backend, reason, raise_error)
 
 
 def _predicates(
-    input: Facts, weight: Facts, policy: Facts | None, in_policy: Facts | None, groups: int
+    input: Facts, policy: Facts | None, in_policy: Facts | None, groups: int, gradient: bool
 ) -> Mapping[str, backends.Predicate]:
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
     return {
         "cuda": partial(backends.has_no_kernel, "gated_conv2d", "cuda"),
-        "triton": partial(backends.has_no_kernel, "gated_conv2d", "triton"),
-        "cpu": partial(can_run_cpu, input, weight, groups),
+        "triton": partial(can_run_triton, input, groups, gradient),
+        "cpu": partial(can_run_cpu, input, groups),
     }
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(
@@ -256,11 +268,12 @@ def _plan(
     bias: Facts | None,
     policy: Facts | None,
     in_policy: Facts | None,
+    gradient: bool,
     *arguments: Any,
 ) -> _Plan:
     """Validate a call and choose its backend."""
     conv = _check(input, weight, bias, policy, in_policy, *arguments)
-    predicates = _predicates(input, weight, policy, in_policy, conv.groups)
+    predicates = _predicates(input, policy, in_policy, conv.groups, gradient)
     return _Plan(backends.choose(requested, predicates), conv)
 
 
@@ -317,6 +330,7 @@ def gated_conv2d(
         optional_facts("gated_conv2d", "bias", bias),
         optional_facts("gated_conv2d", "policy", policy),
         optional_facts("gated_conv2d", "in_policy", in_policy),
+        _needs_gradient(input, weight, bias),
         frames,
         stride,
         padding,
@@ -417,4 +431,4 @@ def _explain(
         optional_facts(op, "in_policy", in_policy),
     )
     _check(*tensors, frames, stride, padding, dilation, groups, activation)
-    return _predicates(*tensors[:2], *tensors[3:], groups)
+    return _predicates(tensors[0], *tensors[3:], groups, _needs_gradient(input, weight, bias))

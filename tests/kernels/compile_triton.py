@@ -41,6 +41,26 @@ def patch_gather(
     kernels.patch_gather_grad_input(grad, origin, index, constants, shape)
 
 
+def gated_conv2d(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    kernel: int,
+    gates: str,
+    format: torch.memory_format,
+    groups: int = 1,
+    precision: str = "highest",
+) -> None:
+    input = torch.zeros(shape, dtype=dtype).contiguous(memory_format=format)
+    rows, channels = shape[:2]
+    weight = torch.zeros(channels, channels // groups, kernel, kernel, dtype=dtype)
+    policy, in_policy = (
+        torch.zeros(rows, channels, dtype=torch.int64) if gate in gates else None for gate in "oi"
+    )
+    torch.set_float32_matmul_precision(precision)
+    same = [1, 1], [kernel // 2] * 2, [1, 1]
+    kernels.gated_conv2d(input, weight, weight[:, 0, 0, 0], policy, in_policy, 4, *same, groups, 1)
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Name -> what launches every kernel of an operator, for one dtype.
@@ -56,6 +76,20 @@ for name, format in FORMATS.items():
             CALLS[f"patch_gather-{name}-{shape[0]}-{'indexed' if indexed else 'one_each'}"] = partial(
                 patch_gather, indexed=indexed, shape=shape, format=format
             )
+for kernel in (1, 3):
+    # What is neither whole blocks nor a multiple of 16, and what is.
+    for shape, gates in (((8, 36, 7, 7), "oi"), ((8, 64, 14, 14), "o"), ((8, 64, 14, 14), "i")):
+        name = f"gated_conv2d-{kernel}-{shape[1]}-{gates}"
+        CALLS[name] = partial(
+            gated_conv2d, shape=shape, kernel=kernel, gates=gates, format=torch.channels_last
+        )
+CALLS["gated_conv2d-contiguous"] = partial(
+    gated_conv2d, shape=(8, 64, 14, 14), kernel=3, gates="oi", format=torch.contiguous_format
+)
+for name, format in FORMATS.items():
+    CALLS[f"gated_conv2d-depthwise-{name}"] = partial(
+        gated_conv2d, shape=(8, 96, 14, 14), kernel=5, gates="oi", format=format, groups=96
+    )
 
 
 class StandIn:

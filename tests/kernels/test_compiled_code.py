@@ -21,9 +21,10 @@ TRITON_TARGETS = (80, 90, 100)
 NVCC_TARGETS = ("80", "90a")
 # Shared memory that a block can have, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-# Instructions that the code of a kernel must contain, by a pattern of the kernel's name and by target.
+# Instructions that the code of a kernel must contain, by a pattern of "file: kernel" and by target.
 INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "matmul_kernel": dict.fromkeys((80, 90), ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS")),
+    r"gated_conv2d.*(float16|tf32).*: convolution": {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)},
 }
 CUDA_SOURCES = {path.name: path for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")}
 
@@ -74,7 +75,7 @@ def check(cubin: Path, capability: int) -> None:
     assert not wrong, f"{cubin.name}: registers spill or there is too much shared memory: {wrong}"
     for pattern, wanted in INSTRUCTIONS.items():
         for name in kernels:
-            if re.search(pattern, name) and capability in wanted:
+            if re.search(pattern, f"{cubin.name}: {name}") and capability in wanted:
                 command = [tool("cuobjdump"), "-sass", "-fun", name, str(cubin)]
                 code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 missing = [instruction for instruction in wanted[capability] if instruction not in code]

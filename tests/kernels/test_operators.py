@@ -15,7 +15,12 @@ import torch._dynamo.testing
 from torch import Tensor
 
 import adakernels as ak
-from adakernels.ops import _library, patch_gather_reference, temporal_fuse_reference
+from adakernels.ops import (
+    _library,
+    gated_conv2d_reference,
+    patch_gather_reference,
+    temporal_fuse_reference,
+)
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -40,7 +45,31 @@ def make_gather(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Calla
     )
 
 
-OPERATORS = {"temporal_fuse": make_fuse, "patch_gather": make_gather}
+def make_conv(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    input, bias = torch.randn(6, 5, 7, 6, device=device), torch.randn(8, device=device)
+    policy, in_policy = (torch.randint(0, 3, (6, channels), device=device) for channels in (8, 5))
+    arguments = {"frames": 3, "stride": 2, "padding": 1, "in_policy": in_policy, "activation": "silu"}
+    return (
+        [
+            input.contiguous(memory_format=torch.channels_last),
+            torch.randn(8, 5, 3, 3, device=device) / 6,
+            bias,
+        ],
+        lambda *leaves: ak.gated_conv2d(*leaves, policy, **arguments),
+        lambda *leaves: gated_conv2d_reference(*leaves, policy, **arguments),
+    )
+
+
+OPERATORS = {"temporal_fuse": make_fuse, "patch_gather": make_gather, "gated_conv2d": make_conv}
+ON_KERNELS = pytest.mark.parametrize(
+    ("kernels", "make"),
+    [
+        pytest.param(name, make, id=f"{op}-{name}")
+        for op, make in OPERATORS.items()
+        for name in _library.gpu_operators[op]
+    ],
+    indirect=["kernels"],
+)
 
 
 @pytest.fixture
@@ -60,7 +89,7 @@ def on_kernels(kernels: Any) -> Iterator[str]:
     stand_in._destroy()
 
 
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+@ON_KERNELS
 def test_gradients(on_kernels: str, make: Callable[..., Any]) -> None:
     leaves, op, reference = make(on_kernels)
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -80,7 +109,7 @@ def test_gradients(on_kernels: str, make: Callable[..., Any]) -> None:
         torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+@ON_KERNELS
 def test_compiled(on_kernels: str, make: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -116,7 +145,7 @@ def test_entry_follows_the_requested_backend(
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+@ON_KERNELS
 def test_graph_follows_its_arguments(on_kernels: str, make: Callable[..., Any]) -> None:
     leaves, op, reference = make(on_kernels)
     stream = torch.cuda.Stream()

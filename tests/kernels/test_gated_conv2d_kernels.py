@@ -1,0 +1,210 @@
+"""gated_conv2d on the Triton kernels, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adakernels.ops import gated_conv2d_reference
+from adakernels.ops._conv_arguments import ACTIVATIONS
+from adakernels.ops.policy import needed_channels
+
+pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    clips: int
+    frames: int
+    channels: int
+    out_channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    activation: str | None = None
+    bias: bool = True
+
+    @property
+    def convolution(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+MATRIX = {
+    "odd sizes": Case(2, 3, 5, 7, (7, 6), activation="relu"),
+    "stride 2, two blocks of outputs": Case(1, 3, 20, 72, (5, 9), stride=(2, 2), activation="relu6"),
+    "1x1, two blocks of inputs and pixels": Case(1, 2, 70, 66, (9, 15), (1, 1), padding=(0, 0), bias=False),
+    "uneven": Case(1, 2, 6, 9, (11, 8), (3, 2), (2, 1), (2, 0), (2, 3), activation="silu"),
+    "one pixel, one channel": Case(3, 1, 1, 1, (1, 1)),
+    "strided 1x1": Case(1, 3, 33, 17, (6, 7), (1, 1), (2, 2), (0, 0)),
+    "no frames": Case(0, 2, 4, 4, (3, 3)),
+}
+DEPTHWISE = {
+    "5x5": Case(1, 3, 6, 6, (7, 5), (5, 5), padding=(2, 2), groups=6, activation="silu"),
+    "stride 2, two outputs each": Case(2, 2, 5, 10, (8, 9), stride=(2, 2), groups=5),
+    "two blocks, dilated": Case(1, 2, 70, 70, (6, 9), padding=(2, 1), dilation=(2, 1), groups=70, bias=False),
+    "no frames": Case(0, 1, 4, 4, (3, 3), groups=4),
+}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MATRIX_FORMS = [(torch.float32, torch.contiguous_format), (torch.float16, torch.channels_last)]
+DEPTHWISE_FORMS = [*MATRIX_FORMS, (torch.bfloat16, torch.channels_last)]
+# In Triton's interpreter a product of bfloat16 blocks is wrong.
+if torch.cuda.is_available():
+    MATRIX_FORMS = DEPTHWISE_FORMS
+
+
+def make(
+    case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format, device: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Input, weight, bias, and the policies of outputs and inputs that `gates` names by "o" and "i"."""
+    generator = torch.Generator().manual_seed(0)
+    rows, fan_in = case.clips * case.frames, case.channels // case.groups * case.kernel[0] * case.kernel[1]
+    input = torch.randn(rows, case.channels, *case.size, generator=generator)
+    weight = torch.randn(case.out_channels, case.channels // case.groups, *case.kernel, generator=generator)
+    bias = torch.randn(case.out_channels, generator=generator)
+    policy = torch.randint(0, 3, (rows, case.out_channels), generator=generator)
+    in_policy = torch.randint(0, 3, (rows, case.channels), generator=generator)
+    return (
+        input.to(device, dtype).contiguous(memory_format=format),
+        (weight / fan_in**0.5).to(device, dtype),
+        bias.to(device, dtype) if case.bias else None,
+        policy.to(device) if "o" in gates else None,
+        in_policy.to(device) if "i" in gates else None,
+    )
+
+
+def expected(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None, policies: Any) -> Tensor:
+    """In float64, from the same rounded values."""
+    return gated_conv2d_reference(
+        input.double(),
+        weight.double(),
+        None if bias is None else bias.double(),
+        policies[0],
+        frames=case.frames,
+        stride=case.stride,
+        padding=case.padding,
+        dilation=case.dilation,
+        groups=case.groups,
+        in_policy=policies[1],
+        activation=case.activation,
+    )
+
+
+def run(kernels: Any, case: Case, *tensors: Tensor | None) -> Tensor:
+    return kernels.gated_conv2d(*tensors, case.frames, *case.convolution, ACTIVATIONS.index(case.activation))
+
+
+def check(kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format) -> None:
+    input, weight, bias, *policies = make(case, gates, dtype, format, kernels.device)
+    output = run(kernels, case, input, weight, bias, *policies)
+    want = expected(case, input, weight, bias, policies)
+    assert output.dtype == dtype
+    if want.numel() > 0:
+        assert output.stride() == want.contiguous(memory_format=format).stride()
+    # Sums of up to 180 products in float32 and one rounding to the dtype; values are below 8.
+    torch.testing.assert_close(output.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "format"), MATRIX_FORMS, ids=str)
+@pytest.mark.parametrize("gates", ["o", "i", "oi"])
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+def test_matches_the_reference(
+    kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format
+) -> None:
+    check(kernels, case, gates, dtype, format)
+
+
+@pytest.mark.parametrize(("dtype", "format"), DEPTHWISE_FORMS, ids=str)
+@pytest.mark.parametrize("gates", ["o", "i", "oi"])
+@pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
+def test_depthwise_matches_the_reference(
+    kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format
+) -> None:
+    check(kernels, case, gates, dtype, format)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("value", [0, 1, 2, 7], ids=["keep", "reuse", "skip", "no policy value"])
+def test_one_value_everywhere(kernels: Any, value: int, groups: int) -> None:
+    case = Case(2, 3, 6, 6, (4, 3), groups=groups, activation="relu")
+    input, weight, bias, policy, in_policy = make(
+        case, "oi", torch.float32, torch.channels_last, kernels.device
+    )
+    assert policy is not None and in_policy is not None
+
+    def matches() -> None:
+        # What is no value of a policy counts as SKIP.
+        want = expected(case, input, weight, bias, (policy.clamp(max=2), in_policy))
+        output = run(kernels, case, input, weight, bias, policy, in_policy)
+        torch.testing.assert_close(output.double(), want, rtol=1e-6, atol=1e-5)
+
+    policy.fill_(value)
+    matches()
+    policy[1, 2], policy[4, 3] = 0, 1
+    matches()
+    in_policy.fill_(2)
+    matches()
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("groups", [1, 6])
+def test_skipped_inputs_are_not_read(kernels: Any, groups: int, format: torch.memory_format) -> None:
+    case = Case(1, 3, 6, 6, (4, 3), groups=groups)
+    input, weight, bias, policy, in_policy = make(case, "oi", torch.float32, format, kernels.device)
+    assert policy is not None and in_policy is not None
+    want = run(kernels, case, input, weight, bias, policy, in_policy)
+    poisoned = torch.where((in_policy == 2)[..., None, None], float("nan"), input).contiguous(
+        memory_format=format
+    )
+    assert torch.equal(run(kernels, case, poisoned, weight, bias, policy, in_policy), want)
+
+
+def test_frames_that_nobody_reads_are_not_read(kernels: Any) -> None:
+    for groups in (1, 6):
+        case = Case(2, 2, 6, 6, (4, 3), groups=groups)
+        input, weight, bias, policy, _ = make(case, "o", torch.float32, torch.channels_last, kernels.device)
+        assert policy is not None
+        policy[1] = policy[2] = policy[3] = 2
+        input[1:] = float("nan")
+        assert torch.isfinite(run(kernels, case, input, weight, bias, policy, None)).all()
+
+
+def test_arguments_that_are_not_dense(kernels: Any) -> None:
+    case = Case(1, 2, 6, 8, (4, 5))
+    input, weight, bias, policy, _ = make(case, "o", torch.float32, torch.channels_last, kernels.device)
+    assert bias is not None
+    want = run(kernels, case, input, weight, bias, policy, None)
+    strided = torch.stack([weight, weight], -1)[..., 0], torch.stack([bias, bias], -1)[..., 0]
+    assert torch.equal(run(kernels, case, input, *strided, policy, None), want)
+    shifted = torch.cat([input.new_zeros(1), input.permute(0, 2, 3, 1).flatten()])[1:]
+    shifted = shifted.view(input.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    assert torch.equal(run(kernels, case, shifted, weight, bias, policy, None), want)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 64, 1500])
+def test_domain(kernels: Any, channels: int) -> None:
+    from adakernels.triton.domain import build_domain
+
+    generator = torch.Generator().manual_seed(channels)
+    policy = torch.randint(0, 3, (6, channels), generator=generator).to(kernels.device)
+    in_policy = torch.randint(0, 3, (6, 2 * channels), generator=generator).to(kernels.device)
+    policy[3], in_policy[3] = 2, 2
+    for given in ((policy, in_policy), (policy, None), (None, in_policy)):
+        domain = build_domain(*given, frames=3)
+        for wanted, found, count in (
+            (needed_channels(policy, 3), domain.outputs, domain.output_count),
+            (in_policy != 2, domain.inputs, domain.input_count),
+        ):
+            if found is None or count is None:
+                continue
+            assert torch.equal(count.long(), wanted.sum(1))
+            assert torch.equal(found.sort(1).values, torch.arange(wanted.shape[1]).to(found).expand_as(found))
+            for row, chosen, number in zip(found.tolist(), wanted, count.tolist(), strict=True):
+                assert row[:number] == chosen.nonzero().flatten().tolist()
+    assert build_domain(None, None, 1) == (None,) * 4
