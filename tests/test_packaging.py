@@ -65,6 +65,7 @@ def test_wheel_contents(tmp_path: Path) -> None:
             line for line in archive.read(metadata).decode().splitlines() if "Requires-Dist" in line
         ]
     assert {"adakernels/__init__.py", "adakernels/_ops.so", "adakernels/py.typed"} <= names
+    assert "adakernels/triton/configs/default.json" in names
     assert any(name.startswith("adakernels/_C.") and name.endswith(".so") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"adakernels"}
     assert [line for line in requirements if "extra ==" not in line] == ["Requires-Dist: torch>=2.10"]

@@ -83,6 +83,14 @@ for kernel in (1, 3):
         CALLS[name] = partial(
             gated_conv2d, shape=shape, kernel=kernel, gates=gates, format=torch.channels_last
         )
+CALLS["gated_conv2d-tf32"] = partial(
+    gated_conv2d,
+    shape=(8, 64, 14, 14),
+    kernel=3,
+    gates="o",
+    format=torch.channels_last,
+    precision="high",
+)
 CALLS["gated_conv2d-contiguous"] = partial(
     gated_conv2d, shape=(8, 64, 14, 14), kernel=3, gates="oi", format=torch.contiguous_format
 )
