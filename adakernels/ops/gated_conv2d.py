@@ -31,7 +31,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-run_on_gpu("gated_conv2d", kernels=("triton",))
+run_on_gpu("gated_conv2d", "gated_conv2d_backward", kernels=("triton",))
 
 
 def gated_conv2d_reference(
@@ -202,12 +202,10 @@ def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool
     return _has_groups("cpu", input, groups, raise_error)
 
 
-def can_run_triton(input: Facts, groups: int, gradient: bool, *, raise_error: bool = False) -> bool:
-    """Whether the Triton kernels can run a call on such tensors, which may need a gradient."""
+def can_run_triton(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a call on such tensors."""
     if not backends.can_run_triton("gated_conv2d", input[2], input[1], raise_error=raise_error):
         return False
-    if gradient:
-        return backends.refuse("gated_conv2d", "triton", "it has no gradient there", raise_error)
     return _has_groups("triton", input, groups, raise_error)
 
 
@@ -217,19 +215,15 @@ def _has_groups(backend: str, input: Facts, groups: int, raise_error: bool) -> b
 
 
 def _predicates(
-    input: Facts, policy: Facts | None, in_policy: Facts | None, groups: int, gradient: bool
+    input: Facts, policy: Facts | None, in_policy: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
     return {
         "cuda": partial(backends.has_no_kernel, "gated_conv2d", "cuda"),
-        "triton": partial(can_run_triton, input, groups, gradient),
+        "triton": partial(can_run_triton, input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(
@@ -268,12 +262,11 @@ def _plan(
     bias: Facts | None,
     policy: Facts | None,
     in_policy: Facts | None,
-    gradient: bool,
     *arguments: Any,
 ) -> _Plan:
     """Validate a call and choose its backend."""
     conv = _check(input, weight, bias, policy, in_policy, *arguments)
-    predicates = _predicates(input, policy, in_policy, conv.groups, gradient)
+    predicates = _predicates(input, policy, in_policy, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
 
 
@@ -330,7 +323,6 @@ def gated_conv2d(
         optional_facts("gated_conv2d", "bias", bias),
         optional_facts("gated_conv2d", "policy", policy),
         optional_facts("gated_conv2d", "in_policy", in_policy),
-        _needs_gradient(input, weight, bias),
         frames,
         stride,
         padding,
@@ -431,4 +423,4 @@ def _explain(
         optional_facts(op, "in_policy", in_policy),
     )
     _check(*tensors, frames, stride, padding, dilation, groups, activation)
-    return _predicates(tensors[0], *tensors[3:], groups, _needs_gradient(input, weight, bias))
+    return _predicates(tensors[0], *tensors[3:], groups)

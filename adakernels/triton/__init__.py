@@ -3,12 +3,13 @@
 Every function has the name and the arguments of the operator that it implements.
 """
 
-from adakernels.triton.gated_conv2d import gated_conv2d
+from adakernels.triton.gated_conv2d import gated_conv2d, gated_conv2d_backward
 from adakernels.triton.patch_gather import patch_gather, patch_gather_grad_input, patch_gather_grad_origin
 from adakernels.triton.temporal_fuse import temporal_fuse, temporal_fuse_backward
 
 __all__ = [
     "gated_conv2d",
+    "gated_conv2d_backward",
     "patch_gather",
     "patch_gather_grad_input",
     "patch_gather_grad_origin",

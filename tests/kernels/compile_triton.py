@@ -59,6 +59,9 @@ def gated_conv2d(
     torch.set_float32_matmul_precision(precision)
     same = [1, 1], [kernel // 2] * 2, [1, 1]
     kernels.gated_conv2d(input, weight, weight[:, 0, 0, 0], policy, in_policy, 4, *same, groups, 1)
+    kernels.gated_conv2d_backward(
+        input, input, weight, policy, in_policy, 4, *same, groups, True, True, False
+    )
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

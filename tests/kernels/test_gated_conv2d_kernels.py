@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,9 +55,15 @@ DEPTHWISE = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MATRIX_FORMS = [(torch.float32, torch.contiguous_format), (torch.float16, torch.channels_last)]
 DEPTHWISE_FORMS = [*MATRIX_FORMS, (torch.bfloat16, torch.channels_last)]
+MATRIX_GRADIENTS = [
+    ("o", torch.float16, torch.channels_last),
+    ("i", torch.float32, torch.contiguous_format),
+    ("oi", torch.float32, torch.channels_last),
+]
+DEPTHWISE_GRADIENTS = [*MATRIX_GRADIENTS, ("oi", torch.bfloat16, torch.channels_last)]
 # In Triton's interpreter a product of bfloat16 blocks is wrong.
 if torch.cuda.is_available():
-    MATRIX_FORMS = DEPTHWISE_FORMS
+    MATRIX_FORMS, MATRIX_GRADIENTS = DEPTHWISE_FORMS, DEPTHWISE_GRADIENTS
 
 
 def make(
@@ -208,3 +215,73 @@ def test_domain(kernels: Any, channels: int) -> None:
             for row, chosen, number in zip(found.tolist(), wanted, count.tolist(), strict=True):
                 assert row[:number] == chosen.nonzero().flatten().tolist()
     assert build_domain(None, None, 1) == (None,) * 4
+
+
+def gradients(
+    kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Of input, weight and bias before the activation: the kernels' and the reference's, in float64."""
+    case = replace(case, activation=None, bias=True)
+    input, weight, bias, *policies = make(case, gates, dtype, format, kernels.device)
+    leaves = [leaf.double().requires_grad_() for leaf in (input, weight, bias) if leaf is not None]
+    output = expected(case, *leaves, policies)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(kernels.device, dtype)
+    grad = grad.contiguous(memory_format=format)
+    found = kernels.gated_conv2d_backward(
+        grad, input, weight, *policies, case.frames, *case.convolution, True, True, True
+    )
+    assert found[1].is_contiguous() and (input.numel() == 0 or found[0].stride() == input.stride())
+    return found, torch.autograd.grad(output, leaves, grad.double())
+
+
+def check_gradients(
+    kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format
+) -> None:
+    for mine, exact in zip(*gradients(kernels, case, gates, dtype, format), strict=True):
+        assert mine.dtype == dtype
+        # The sum that a reused channel gets is rounded to the dtype, and so is the result.
+        tolerance = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+        largest = exact.abs().max().item() if exact.numel() > 0 else 0
+        torch.testing.assert_close(mine.double(), exact, rtol=tolerance, atol=tolerance * largest)
+        assert (mine[exact == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("gates", "dtype", "format"), MATRIX_GRADIENTS, ids=str)
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+def test_gradients(
+    kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format
+) -> None:
+    check_gradients(kernels, case, gates, dtype, format)
+
+
+@pytest.mark.parametrize(("gates", "dtype", "format"), DEPTHWISE_GRADIENTS, ids=str)
+@pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
+def test_depthwise_gradients(
+    kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torch.memory_format
+) -> None:
+    check_gradients(kernels, case, gates, dtype, format)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_unwanted_gradients_are_empty(kernels: Any, groups: int) -> None:
+    case = Case(1, 2, 6, 6, (3, 4), groups=groups)
+    input, weight, _, *policies = make(case, "oi", torch.float32, torch.channels_last, kernels.device)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
+        grads = kernels.gated_conv2d_backward(
+            input, input, weight, *policies, case.frames, *case.convolution, *wanted
+        )
+        assert [grad.numel() > 0 for grad in grads] == list(wanted)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
+    case = Case(1, 2, 6, 6, (4, 3), groups=groups)
+    first, second = (gradients(kernels, case, "oi", torch.float16, torch.channels_last)[0] for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_frames_that_share_a_sum(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["adakernels.triton.gated_conv2d"], "PROGRAMS", 1)
+    for case in (Case(1, 3, 5, 70, (3, 2)), Case(1, 3, 6, 6, (3, 2), groups=6)):
+        for gates in ("o", "i"):
+            check_gradients(kernels, case, gates, torch.float32, torch.channels_last)
