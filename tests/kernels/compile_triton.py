@@ -49,6 +49,7 @@ def gated_conv2d(
     format: torch.memory_format,
     groups: int = 1,
     precision: str = "highest",
+    gradient: bool = True,
 ) -> None:
     input = torch.zeros(shape, dtype=dtype).contiguous(memory_format=format)
     rows, channels = shape[:2]
@@ -59,6 +60,8 @@ def gated_conv2d(
     torch.set_float32_matmul_precision(precision)
     same = [1, 1], [kernel // 2] * 2, [1, 1]
     kernels.gated_conv2d(input, weight, weight[:, 0, 0, 0], policy, in_policy, 4, *same, groups, 1)
+    if not gradient:
+        return
     kernels.gated_conv2d_backward(
         input, input, weight, policy, in_policy, 4, *same, groups, True, True, False
     )
@@ -84,7 +87,12 @@ for kernel in (1, 3):
     for shape, gates in (((8, 36, 7, 7), "oi"), ((8, 64, 14, 14), "o"), ((8, 64, 14, 14), "i")):
         name = f"gated_conv2d-{kernel}-{shape[1]}-{gates}"
         CALLS[name] = partial(
-            gated_conv2d, shape=shape, kernel=kernel, gates=gates, format=torch.channels_last
+            gated_conv2d,
+            shape=shape,
+            kernel=kernel,
+            gates=gates,
+            format=torch.channels_last,
+            gradient=kernel > 1 or gates == "oi",
         )
 CALLS["gated_conv2d-tf32"] = partial(
     gated_conv2d,
@@ -95,7 +103,7 @@ CALLS["gated_conv2d-tf32"] = partial(
     precision="high",
 )
 CALLS["gated_conv2d-contiguous"] = partial(
-    gated_conv2d, shape=(8, 64, 14, 14), kernel=3, gates="oi", format=torch.contiguous_format
+    gated_conv2d, shape=(8, 64, 14, 14), kernel=3, gates="oi", format=torch.contiguous_format, gradient=False
 )
 for name, format in FORMATS.items():
     CALLS[f"gated_conv2d-depthwise-{name}"] = partial(
