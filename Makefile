@@ -5,6 +5,8 @@
 PYTHON ?= python3
 ARGS ?=
 TORCH := torch==2.13.0
+# A torch that is there brings its own. There are no others for a CPU build, and no wheels for other systems.
+TRITON := "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
 BUILD_REQUIRES := "setuptools>=77.0.3" "cmake>=3.22" ninja "pybind11>=2.13"
 
 VENV := .venv
@@ -61,7 +63,7 @@ $(VENV)/pyvenv.cfg:
 	@echo '$(PYTHON)' > $(VENV)/made-with
 
 $(VENV)/tools: $(VENV)/pyvenv.cfg Makefile
-	@$(RUN) -c 'import torch; raise SystemExit(torch.__version__ < (2, 10))' 2>/dev/null || $(PIP) install $(TORCH)
+	@$(RUN) -c 'import torch; raise SystemExit(torch.__version__ < (2, 10))' 2>/dev/null || $(PIP) install $(TORCH) $(TRITON)
 	$(PIP) install --quiet $(BUILD_REQUIRES)
 	@touch $@
 

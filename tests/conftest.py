@@ -103,12 +103,16 @@ def triton_kernels() -> Any:
     from adakernels import triton
 
     if not HAS_GPU:
-        _let_the_interpreter_count()
+        _mend_the_interpreter()
     return triton
 
 
-def _let_the_interpreter_count() -> None:
-    """Bounds of loops are arrays of one element there, which NumPy 2.4 does not convert to int any more."""
+def _mend_the_interpreter() -> None:
+    """What Triton's interpreter gets wrong with NumPy 2: it does not matter to compiled kernels.
+
+    Bounds of loops are arrays of one element, which NumPy 2.4 does not convert to int any more. A mask made
+    with a scalar condition is an array of integers, which Triton 3.9 refuses.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -118,6 +122,19 @@ def _let_the_interpreter_count() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_count
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
 
 
 @dataclass
