@@ -27,8 +27,6 @@ constexpr int64_t kStripsPerTask = 4;
 // Of the gradient to a frame, whose rows cost little where no patch covers them.
 constexpr int64_t kFrameStrip = 32 * 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Where a patch lies along one dimension: its samples are `fraction` behind the pixels from `first` on. In a frame
 // with room for it to move the pixel behind every sample exists, at the last place with weight 1.
 struct Place {

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/cpu_features.h"
+#include "../common/layout.h"
 
 namespace adakernels {
 
@@ -27,8 +28,6 @@ constexpr int64_t kGroupsPerTask = 4, kGridRowsPerTask = 4;
 constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
 constexpr double kParallelWork = 1e5;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A 1x1 convolution without gaps between rows is one long row.
 bool is_flat(const Convolution& conv) {

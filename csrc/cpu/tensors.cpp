@@ -30,16 +30,6 @@ void advise_huge_pages(void* data, int64_t bytes) {
 
 }  // namespace
 
-bool has_format(const Tensor& tensor, bool channels_last) {
-  if (!channels_last) return tensor.is_contiguous();
-  int64_t expected = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
-}
-
 bool is_channels_last(const Tensor& tensor) { return !tensor.is_contiguous() && has_format(tensor, true); }
 
 FloatArray floats(const std::optional<Tensor>& tensor) {

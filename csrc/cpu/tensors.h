@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "../common/layout.h"
 #include "domain.h"
 #include "routes.h"
 
@@ -37,9 +38,6 @@ Planes planes_of(const torch::stable::Tensor& tensor);
 
 // Whether a tensor of four dimensions is channels-last and not contiguous too. [N, C, H, W]
 bool is_channels_last(const torch::stable::Tensor& tensor);
-
-// Whether it lies in memory without gaps, in the order of one of the two formats. [N, C, H, W]
-bool has_format(const torch::stable::Tensor& tensor, bool channels_last);
 
 // An uninitialised tensor, channels-last where `like` is that and not contiguous, of `like`'s dtype or of float32.
 // sizes: [N, C, H, W]

@@ -11,14 +11,14 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "../common/layout.h"
+
 namespace adakernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kVectorBytes = 16;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls run(T()) with the element type of a float32, float16 or bfloat16 tensor.
 template <typename Run>
@@ -42,17 +42,6 @@ void for_vector_size(bool fit, const Run& run) {
     run(std::integral_constant<int, kVectorBytes / sizeof(T)>());
   else
     run(std::integral_constant<int, 1>());
-}
-
-// Whether a tensor [N, C, H, W] lies in memory without gaps, in the order of one of the two formats.
-inline bool has_format(const Tensor& tensor, bool channels_last) {
-  if (!channels_last) return tensor.is_contiguous();
-  int64_t expected = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
-    expected *= tensor.size(d);
-  }
-  return true;
 }
 
 // Whether a tensor [N, C, H, W] is channels-last and not contiguous too; throws where it is neither.
