@@ -4,7 +4,7 @@ from adakernels import models, nn, policies
 from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
-from adakernels.nn import GatedConv2d, PatchGather
+from adakernels.nn import GatedConv2d, PatchGather, SlicedConv3d
 from adakernels.ops import Policy, gated_conv2d, patch_gather, sliced_conv3d, temporal_fuse
 from adakernels.policies import ChannelPolicy
 
@@ -13,6 +13,7 @@ __all__ = [
     "GatedConv2d",
     "PatchGather",
     "Policy",
+    "SlicedConv3d",
     "available_backends",
     "convert",
     "count_flops",

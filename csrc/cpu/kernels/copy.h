@@ -10,10 +10,6 @@
 namespace adakernels {
 namespace {
 
-inline float to_float(float value) { return value; }
-inline float to_float(uint16_t value) { return from_bf16(value); }
-inline float to_float(uint8_t value) { return float(value); }
-
 // The part of the source that one tile needs, for one phase: `height` rows of `width` elements from (y, x) on, every
 // step-th pixel, of which columns [begin, end) lie inside the source.
 struct Window {
