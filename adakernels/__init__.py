@@ -5,7 +5,15 @@ from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
 from adakernels.nn import GatedConv2d, PatchGather
-from adakernels.ops import Policy, gated_conv2d, patch_gather, sliced_conv3d, temporal_fuse
+from adakernels.ops import (
+    Policy,
+    gated_conv2d,
+    patch_gather,
+    sliced_conv3d,
+    slim_conv2d,
+    slim_conv3d,
+    temporal_fuse,
+)
 from adakernels.policies import ChannelPolicy
 
 __all__ = [
@@ -23,6 +31,8 @@ __all__ = [
     "patch_gather",
     "policies",
     "sliced_conv3d",
+    "slim_conv2d",
+    "slim_conv3d",
     "temporal_fuse",
     "use_backend",
 ]
