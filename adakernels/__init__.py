@@ -4,8 +4,20 @@ from adakernels import models, nn, policies
 from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
-from adakernels.nn import GatedConv2d, PatchGather, SlicedConv3d
-from adakernels.ops import Policy, gated_conv2d, patch_gather, sliced_conv3d, temporal_fuse
+from adakernels.nn import (
+    GatedConv2d,
+    PatchGather,
+    SlicedConv3d,
+)
+from adakernels.ops import (
+    Policy,
+    gated_conv2d,
+    patch_gather,
+    sliced_conv3d,
+    slim_conv2d,
+    slim_conv3d,
+    temporal_fuse,
+)
 from adakernels.policies import ChannelPolicy
 
 __all__ = [
@@ -24,6 +36,8 @@ __all__ = [
     "patch_gather",
     "policies",
     "sliced_conv3d",
+    "slim_conv2d",
+    "slim_conv3d",
     "temporal_fuse",
     "use_backend",
 ]
