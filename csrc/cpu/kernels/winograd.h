@@ -115,14 +115,14 @@ inline void transform_kernels(const Convolution& conv, int64_t row, int64_t chan
   const int64_t tap_stride = std::abs(conv.taps[1].weight - conv.taps[0].weight);
   for (const Tap& tap : conv.taps) at[tap.dy - corner.dy][tap.dx - corner.dx] = int32_t(tap.weight / tap_stride);
   const float* weights = conv.weight + row * conv.weight_row;
+  const int64_t stride = number_stride(conv);
   for (int64_t first = 0; first < channel_count; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, channel_count - first);
     float kernels[9][kLanes];
     // Asked for early: the next kernels come from memory, or from a cache that other cores share.
     for (int line = 0; line < 9 * kLanes; line += 16)
-      __builtin_prefetch(weights + (first + 4 * kLanes) * conv.weight_channel + line);
-    gather_kernels(weights + first * conv.weight_channel, conv.weight + conv.weight_extent, conv.weight_channel, count,
-                   tap_stride, kernels);
+      __builtin_prefetch(weights + (first + 4 * kLanes) * stride + line);
+    gather_kernels(weights + first * stride, conv.weight + conv.weight_extent, stride, count, tap_stride, kernels);
     V columns[3][4];
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x)
@@ -245,7 +245,9 @@ struct Blocks {
   int64_t room;  // of one point of one row, with what register tiles write past the last block
   // One point of all blocks: [live channel][block], what is read past it, and [tail block][channel] for all channels
   // from the first live one to the last, zero for dead ones, as the weights lie that they meet.
-  int64_t slice(const Unit& unit) const { return tails(unit) + channel_span(unit.live, unit.live_count) * tail; }
+  int64_t slice(const Convolution& conv, const Unit& unit) const {
+    return tails(unit) + live_span(conv, unit.live, unit.live_count) * tail;
+  }
   int64_t tails(const Unit& unit) const { return unit.live_count * count + kTilePixels; }
 
   explicit Blocks(const Tile& tile)
@@ -257,7 +259,7 @@ struct Blocks {
 };
 
 int64_t winograd_points_size(const Convolution& conv, const Unit& unit, const Tile& tile) {
-  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(unit); });
+  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(conv, unit); });
 }
 
 // Transforms the live channels of a unit: points[point][live channel][block].
@@ -266,7 +268,7 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
                            Scratch& scratch) {
   constexpr int step = Method::step, half = kLanes > 8 ? kLanes / 2 : kLanes;
   const Blocks blocks(tile);
-  const int64_t slice = blocks.slice(unit);
+  const int64_t slice = blocks.slice(conv, unit);
   const Patch<Method> patch(blocks.rows, blocks.columns);
   const Tap& corner = first_tap(conv);
   const Window window = window_of(conv.source, step * tile.y_begin + corner.dy, corner.dx, patch.height, patch.width,
@@ -279,18 +281,18 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
   float* split = pixels + patch.size();
   std::fill_n(pixels, 2 * patch.size(), 0.f);
   for (int64_t i = 0; i < unit.live_count; ++i) {
-    copy_route(pixels, step * patch.pitch, conv.source, unit.frame, unit.live[i], window);
+    copy_route(pixels, step * patch.pitch, conv.source, unit.source_frame, unit.live[i], window);
     const bool last = i + 1 == unit.live_count;
     transform(patch, pixels, split, blocks.rows, blocks.columns, points + i * blocks.count, slice,
               last ? RowsAhead() : RowsAhead(conv.source, unit.frame, unit.live[i + 1], window));
   }
-  const int64_t span = channel_span(unit.live, unit.live_count);
+  const int64_t span = live_span(conv, unit.live, unit.live_count);
   for (int point = 0; point < Method::size * Method::size; ++point, points += slice)
     for (int64_t t = 0; t < blocks.tail; ++t) {
       float* tail = points + blocks.tails(unit) + t * span;
       std::fill_n(tail, span, 0.f);
       for (int64_t i = 0; i < unit.live_count; ++i)
-        tail[unit.live[i].channel - unit.live[0].channel] = points[(i + 1) * blocks.count - blocks.tail + t];
+        tail[live_number(conv, unit.live[i]) - live_number(conv, unit.live[0])] = points[(i + 1) * blocks.count - blocks.tail + t];
     }
 }
 
@@ -300,7 +302,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
                           Scratch& scratch) {
   constexpr int size = Method::size, sums = Method::sums;
   const Blocks blocks(tile);
-  const int64_t slice = blocks.slice(unit), row_count = tile.row_end - tile.row_begin;
+  const int64_t slice = blocks.slice(conv, unit), row_count = tile.row_end - tile.row_begin;
   Layout layout;
   const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
   const int64_t outputs_at = layout.add<float>(4 * blocks.room);
@@ -313,7 +315,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
 
-  for (int64_t i = 0; i < unit.live_count; ++i) steps[i] = {unit.live[i].channel, int32_t(i * blocks.count)};
+  for (int64_t i = 0; i < unit.live_count; ++i) steps[i] = {int32_t(live_number(conv, unit.live[i])), int32_t(i * blocks.count)};
   int64_t segment_count[2] = {0, 0};
   for (int64_t y = 0; y < blocks.rows; ++y)
     for (int64_t half = 0; half < 2; ++half) {
@@ -341,7 +343,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
       const Product product = {rows, steps, unit.live_count, points, zero, terms, term_count};
       Product last = product;
       last.source += blocks.tails(unit);
-      last.step_count = channel_span(unit.live, unit.live_count);
+      last.step_count = live_span(conv, unit.live, unit.live_count);
       float* out = products + first * row_room + sum * blocks.room;
       multiply<0, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
       if (tail > 0) dot(last, count, tail, out + blocks.count - tail, row_room);
