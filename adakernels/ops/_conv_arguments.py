@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts
 from adakernels.ops._layout import empty_in_format
@@ -100,6 +101,14 @@ def conv_arguments(
     )
     output = tuple((size - r - 1) // s + 1 for size, r, s in zip(padded, reach, strides, strict=True))
     return ConvArguments(strides, paddings, dilations, groups, pad, ACTIVATIONS.index(activation), output)
+
+
+def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a convolution on such tensors."""
+    if not backends.can_run_triton(op, input[2], input[1], raise_error=raise_error):
+        return False
+    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
+    return groups in (1, input[0][1]) or backends.refuse(op, "triton", reason, raise_error)
 
 
 def empty_output(

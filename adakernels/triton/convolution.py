@@ -164,7 +164,7 @@ def convolution_kernel(
     if p_taps is not None:
         if MERGED:
             own_first, own_distance, own_count = _taps_of_frames(p_taps, i_row, m_pixel)
-            own_end = own_first + own_count * own_distance
+            own_end = own_first + (own_count - 1) * own_distance + 1
             first_t = tl.min(tl.where(own_count > 0, own_first, kernel_frames), 0)
             count_t = tl.maximum(tl.max(own_end, 0) - first_t, 0)
         else:

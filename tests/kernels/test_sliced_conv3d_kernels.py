@@ -7,37 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adakernels.ops._conv_arguments import ACTIVATIONS, activate
+from adakernels.ops import sliced_conv3d_reference
+from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops._layout import dense
 
 pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-
-
-def sliced_conv3d_reference(
-    input, weight, bias=None, temporal=None, *, stride=1, padding=0, dilation=1, groups=1, frame_offsets=None, activation=None
-):
-    centre = torch.zeros_like(weight)
-    middle = weight.shape[2] // 2
-    centre[:, :, middle] = 1
-    if frame_offsets is not None:
-        bounds = frame_offsets.tolist()
-        clips = [input[a:b].transpose(0, 1)[None] for a, b in zip(bounds, bounds[1:])]
-    else:
-        clips = input.split(1)
-    outs = []
-    for i, clip in enumerate(clips):
-        w = weight if temporal is None or temporal[i] else weight * centre
-        if clip.numel() == 0:
-            continue
-        outs.append(activate(F.conv3d(clip, w, bias, stride, padding, dilation, groups), activation))
-    if not outs:
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
-    if frame_offsets is not None:
-        return torch.cat([o[0].transpose(0, 1) for o in outs])
-    return torch.cat(outs)
 
 
 @dataclass(frozen=True)
@@ -65,22 +41,23 @@ class Case:
 CASES = {
     "odd sizes": Case((4,) * 3, 5, 7, (5, 3), activation="relu"),
     "3x3x3, two blocks of outputs, stride 2": Case(
-        (3,) * 2, 6, 70, (5, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), temporal=(False, True), activation="silu"
+        (3,) * 2, 6, 66, (3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), temporal=(False, True), activation="silu"
     ),
-    "uneven": Case((7,) * 2, 3, 5, (6, 5), (4, 3, 2), (3, 1, 2), (2, 0, 1), (2, 2, 1), temporal=(False, True)),
+    "uneven": Case((7,) * 2, 3, 5, (5, 4), (4, 3, 2), (3, 1, 2), (2, 0, 1), (2, 2, 1), temporal=(False, True)),
     "one frame, all whole": Case((1,) * 2, 4, 4, (3, 3), (5, 1, 1), padding=(2, 0, 0), temporal=None),
     "one tap": Case((3,) * 2, 20, 9, (5, 4), (1, 3, 3), (2, 1, 1), (0, 1, 1), temporal=(False, True)),
     "no clip": Case((), 4, 4, (3, 3), temporal=()),
     "packed": Case((3, 1, 6), 5, 6, (3, 4), packed=True, activation="relu6"),
     "packed, dilated": Case(
-        (4, 1, 7), 3, 4, (5, 4), (3, 3, 3), (1, 2, 2), (2, 1, 1), (2, 1, 1), packed=True, temporal=None
+        (4, 1, 3), 3, 4, (3, 4), (3, 3, 1), (1, 2, 2), (2, 1, 0), (2, 1, 1), packed=True, temporal=None
     ),
     "packed, a clip without frames": Case((2, 0, 5), 3, 4, (3, 3), packed=True),
-    "depthwise": Case((4,) * 3, 6, 6, (5, 4), (3, 3, 3), (1, 2, 2), (1, 1, 1), groups=6, activation="silu"),
-    "depthwise, two outputs each, stride 2 in time": Case(
-        (5,) * 3, 4, 8, (3, 4), (3, 3, 3), (2, 1, 1), (1, 1, 1), groups=4
+    "depthwise, stride 2 in time": Case(
+        (3,) * 2, 3, 6, (2, 3), (3, 2, 1), (2, 1, 1), (1, 1, 0), groups=3, temporal=(False, True)
     ),
-    "packed, depthwise": Case((3, 1, 4), 5, 5, (4, 3), (3, 3, 3), (1, 1, 1), (1, 1, 1), groups=5, packed=True),
+    "packed, depthwise": Case(
+        (3, 1), 5, 5, (4, 3), (3, 1, 3), (1, 2, 1), (1, 0, 1), groups=5, packed=True, temporal=(True, False)
+    ),
 }
 FORMS = [(torch.float32, False), (torch.float16, True)]
 
@@ -146,7 +123,7 @@ def test_matches_the_reference_with_its_gradients(
     for leaf, mine, exact in zip(
         (input, weight, bias), grads, torch.autograd.grad(linear, leaves, grad.double()), strict=True
     ):
-        assert mine.dtype == dtype and mine.stride() == leaf.stride()
+        assert mine.dtype == dtype and (mine.numel() == 0 or mine.stride() == leaf.stride())
         tolerance = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
         largest = exact.abs().max().item() if exact.numel() > 0 else 0
         torch.testing.assert_close(mine.double(), exact, rtol=tolerance, atol=tolerance * largest)
