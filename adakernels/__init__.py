@@ -5,7 +5,7 @@ from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
 from adakernels.nn import GatedConv2d, PatchGather
-from adakernels.ops import Policy, gated_conv2d, patch_gather, sliced_conv3d, temporal_fuse
+from adakernels.ops import Policy, dynamic_conv3d, gated_conv2d, patch_gather, sliced_conv3d, temporal_fuse
 from adakernels.policies import ChannelPolicy
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "available_backends",
     "convert",
     "count_flops",
+    "dynamic_conv3d",
     "explain",
     "gated_conv2d",
     "models",
