@@ -20,11 +20,12 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_triton,
     conv_arguments,
     empty_output,
 )
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 
 MAX_LEVELS = 3
 
@@ -43,6 +44,7 @@ library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+run_on_gpu("dynamic_conv3d", "dynamic_conv3d_backward", kernels=("triton",))
 
 
 def computed_channels(channels: int, level: int) -> int:
@@ -303,7 +305,7 @@ def _predicates(
         return {}
     return {
         "cuda": partial(backends.has_no_kernel, "dynamic_conv3d", "cuda"),
-        "triton": partial(backends.has_no_kernel, "dynamic_conv3d", "triton"),
+        "triton": partial(can_run_triton, "dynamic_conv3d", input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }
 

@@ -9,7 +9,7 @@ from adakernels.triton.domain import live_channels, needed_channels, source
 
 
 @triton.jit
-def _activate(value, ACTIVATION: tl.constexpr):
+def activate(value, ACTIVATION: tl.constexpr):
     """By the index into `ACTIVATIONS`: none, relu, relu6, silu."""
     # NaN stays NaN.
     if ACTIVATION == 1:
@@ -218,7 +218,7 @@ def convolution_kernel(
         value = tl.dot(a, b, value, input_precision=PRECISION)
     if p_bias is not None:
         value += tl.load(p_bias + i_out, mask=m_out, other=0).to(tl.float32)[None, :]
-    value = _activate(value, ACTIVATION)
+    value = activate(value, ACTIVATION)
     m_value = m_pixel[:, None] & m_out[None, :]
     if p_outputs is None:
         m_value = m_pixel[:, None] & m_needed[None, :]
@@ -343,6 +343,6 @@ def depthwise_kernel(
         value += tl.load(p_bias + i_out, mask=m_out, other=0).to(tl.float32)[None, :]
     p_frame = p_output + i_clip * out_step_clip + i_frame.to(tl.int64) * out_step_frame
     p_own = p_frame + (i_pixel * out_step_pixel)[:, None] + (i_out * out_step_channel)[None, :]
-    value = _activate(value, ACTIVATION)
+    value = activate(value, ACTIVATION)
     m_value = m_pixel[:, None] & m_out[None, :]
     _store(p_own, p_policy, value, i_row, frames, out_channels, out_step_clip, i_out, m_out, m_value)

@@ -15,7 +15,7 @@ from adakernels.ops._layout import empty_in_format, memory_format
 from adakernels.triton.configurations import configuration
 from adakernels.triton.convolution import convolution_kernel, depthwise_kernel
 from adakernels.triton.convolution_gradient import convolution_bwd_weight_kernel, depthwise_bwd_weight_kernel
-from adakernels.triton.domain import Domain, build_taps
+from adakernels.triton.domain import Domain, build_frames
 from adakernels.triton.limits import check_frame
 
 # Up to here one block of pixels has a whole frame.
@@ -76,24 +76,29 @@ class Geometry(NamedTuple):
             f"{name}_step_pixel": step,
         }
 
-    def taps(
+    def domain(
         self,
         output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
         input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
         temporal: Tensor | None = None,  # [B]
         frame_offsets: Tensor | None = None,  # [B + 1]
+        gates: Sequence[Tensor | None] = (None, None),  # [B, S_t], [B, S_c]
         TRANSPOSED: bool = False,
-    ) -> Tensor | None:  # [N, 3]
-        """The taps in time of every frame of the output; None where each has its only one."""
-        if len(self.kernel) == 2 or (self.kernel[0], self.stride[0], self.padding[0]) == (1, 1, 0):
-            return None
-        return build_taps(
-            rows(output),
+    ) -> Domain:
+        """Of every frame of the output; all of it where a frame has but one tap in time."""
+        gated = any(gate is not None for gate in gates)
+        if not gated and (
+            len(self.kernel) == 2 or (self.kernel[0], self.stride[0], self.padding[0]) == (1, 1, 0)
+        ):
+            return Domain()
+        return build_frames(
+            output,
             temporal,
             frame_offsets,
-            len(output) if self.packed else output.shape[2],
-            device=output.device,
+            *gates,
+            out_frames=len(output) if self.packed else output.shape[2],
             in_frames=len(input) if self.packed else input.shape[2],
+            channels=(input if TRANSPOSED else output).shape[1],
             kernel_frames=self.kernel[0],
             stride=self.stride[0],
             padding=self.padding[0],
@@ -120,7 +125,7 @@ def _shape_class(output: Tensor, kernel: Sequence[int]) -> str:
     return f"{8 * output.element_size()} bits, {'1x1' if math.prod(kernel) == 1 else 'kxk'}, {size} map"
 
 
-def _format(tensor: Tensor) -> str:
+def format_name(tensor: Tensor) -> str:
     return "channels last" if is_last(tensor) else "contiguous"
 
 
@@ -195,7 +200,7 @@ def convolve_depthwise(
     """The same with one input channel per output channel; of the domain it follows counts and taps."""
     if output.numel() == 0:
         return
-    chosen = configuration("depthwise", _format(input))
+    chosen = configuration("depthwise", format_name(input))
     *_, height, width = output.shape
     blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(output.shape[1], chosen["b_channel"])
     depthwise_kernel[(rows(output) * blocks,)](
@@ -229,7 +234,7 @@ def input_gradient(
     in_policy: Tensor | None = None,  # [N, C_in]
 ) -> Tensor:  # as input
     """The domain is that of the gradient: its outputs are the input's channels, its taps those of its frames."""
-    output = empty_in_format(input, input.shape)
+    output = empty_informat_name(input, input.shape)
     if groups == 1:
         convolve(output, grad, weight, None, geometry, domain, TRANSPOSED=True)
     else:
@@ -298,7 +303,7 @@ def depthwise_weight_gradient(
 ) -> Tensor:  # [C_out, 1, *kernel]
     if rows(grad) == 0:
         return weight.new_zeros(weight.shape)
-    chosen = configuration("depthwise weight gradient", _format(input))
+    chosen = configuration("depthwise weight gradient", format_name(input))
     programs = weight[0].numel() * triton.cdiv(len(weight), chosen["b_channel"])
     splits, rows_per_split = _splits(rows(grad), programs)
     sums = torch.empty(splits, *weight.shape, device=weight.device)
@@ -324,5 +329,11 @@ def depthwise_weight_gradient(
 
 def bias_gradient(
     grad: Tensor,  # [N, C_out, ...]
+    domain: Domain,
 ) -> Tensor:  # [C_out]
-    return grad.sum((0, *range(2, grad.dim())), dtype=torch.float32).to(grad.dtype)
+    if domain.outputs is not None or domain.output_count is None:
+        return grad.sum((0, *range(2, grad.dim())), dtype=torch.float32).to(grad.dtype)
+    # What is not computed has no gradient, but any value.
+    sums = grad.sum((-2, -1), dtype=torch.float32).movedim(1, -1)
+    computed = torch.arange(grad.shape[1], device=grad.device) < domain.output_count.view(*sums.shape[:2], 1)
+    return torch.where(computed, sums, 0).sum((0, 1)).to(grad.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -130,14 +131,33 @@ def build_domain(
 
 
 @triton.jit
+def lowest_live_level(p_gate, i_clip, levels, m_clip):
+    """The lowest level of clips with a weight above 0; `levels` where there is none, 0 without a gate."""
+    level = (i_clip * 0).to(tl.int32)
+    if p_gate is not None:
+        level += levels
+        for higher in range(levels):
+            lower = levels - 1 - higher
+            weight = tl.load(p_gate + i_clip * levels + lower, mask=m_clip, other=0)
+            level = tl.where(weight > 0, lower, level)
+    return level
+
+
+@triton.jit
 def frames_kernel(
     p_taps,  # [N, 3]
+    p_count,  # [N]
     p_temporal,  # [B]
     p_offsets,  # [B + 1]
+    p_temporal_gate,  # [B, S_t]
+    p_channel_gate,  # [B, S_c]
+    temporal_levels,
+    channel_levels,
     rows,
     clips,
     out_frames,
     in_frames,
+    channels,
     kernel_frames,
     stride,
     padding,
@@ -145,7 +165,10 @@ def frames_kernel(
     TRANSPOSED: tl.constexpr,
     b_row: tl.constexpr,
 ):
-    """Which taps in time find a frame of the same clip, and of a sliced clip whether the centre one does."""
+    """Which taps in time find a frame of the same clip, and of a sliced clip whether the centre one does.
+
+    With gates also how many channels are computed of a frame, or with TRANSPOSED of those that it goes into.
+    """
     i_row = tl.program_id(0) * b_row + tl.arange(0, b_row)
     m_row = i_row < rows
     i_frame = i_row % out_frames
@@ -154,10 +177,22 @@ def frames_kernel(
         # Bounds that are out of order lead to a wrong clip, but to one that exists.
         for clip in range(1, clips):
             i_clip += (i_row >= tl.load(p_offsets + clip)).to(tl.int32)
-        begin = tl.load(p_offsets + i_clip, mask=m_row & (i_clip < clips), other=0)
-        end = tl.load(p_offsets + i_clip + 1, mask=m_row & (i_clip < clips), other=0)
+    m_clip = m_row & (i_clip < clips)
+    if p_offsets is not None:
+        begin = tl.load(p_offsets + i_clip, mask=m_clip, other=0)
+        end = tl.load(p_offsets + i_clip + 1, mask=m_clip, other=0)
     if p_temporal is not None:
-        whole = tl.load(p_temporal + i_clip, mask=m_row & (i_clip < clips), other=0) != 0
+        whole = tl.load(p_temporal + i_clip, mask=m_clip, other=0) != 0
+    step = 1
+    if p_count is not None:
+        level = lowest_live_level(p_temporal_gate, i_clip, temporal_levels, m_clip)
+        channel_level = lowest_live_level(p_channel_gate, i_clip, channel_levels, m_clip)
+        live = (level < temporal_levels) & (channel_level < channel_levels)
+        computed = tl.where(live, (channels + (1 << channel_level) - 1) >> channel_level, 0)
+        step = 1 << level
+        if not TRANSPOSED:
+            computed = tl.where(i_frame % step == 0, computed, 0)
+        tl.store(p_count + i_row, computed, mask=m_row)
     first, last, count = tl.zeros_like(i_row), tl.zeros_like(i_row), tl.zeros_like(i_row)
     for i_tap in range(kernel_frames):
         i_source, live = source(i_frame, i_tap, stride, padding, dilation, in_frames, TRANSPOSED)
@@ -165,6 +200,8 @@ def frames_kernel(
             live = live & (i_source >= begin) & (i_source < end)
         if p_temporal is not None:
             live = live & (whole | (i_tap == kernel_frames // 2))
+        if TRANSPOSED:
+            live = live & (i_source % step == 0)
         first = tl.where(live & (count == 0), i_tap, first)
         last = tl.where(live, i_tap, last)
         count += live.to(tl.int32)
@@ -173,27 +210,36 @@ def frames_kernel(
     tl.store(p_taps + 3 * i_row + 2, count, mask=m_row)
 
 
-def build_taps(
-    rows: int,
+def build_frames(
+    output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
     temporal: Tensor | None,  # [B]
     frame_offsets: Tensor | None,  # [B + 1]
-    out_frames: int,
+    temporal_gate: Tensor | None,  # [B, S_t]
+    channel_gate: Tensor | None,  # [B, S_c]
     *,
-    device: torch.device,
-    **arguments: Any,
-) -> Tensor:  # [N, 3]
-    """The taps in time that every frame visits, given the convolution as `frames_kernel` takes it."""
-    taps = torch.empty(rows, 3, dtype=torch.int32, device=device)
+    out_frames: int,
+    TRANSPOSED: bool,
+    **arguments: int,
+) -> Domain:
+    """What every frame of the output visits in time, given the convolution as `frames_kernel` takes it."""
+    rows = len(output) * math.prod(output.shape[2:-2])
+    taps = torch.empty(rows, 3, dtype=torch.int32, device=output.device)
+    gates = temporal_gate, channel_gate
+    count = taps.new_empty(rows) if any(gate is not None for gate in gates) else None
     if rows > 0:
         frames_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
             taps,
+            count,
             # Triton reads no tensor of bool.
-            None if temporal is None else temporal.contiguous().view(torch.uint8),
-            None if frame_offsets is None else frame_offsets.contiguous(),
+            None if temporal is None else temporal.view(torch.uint8),
+            frame_offsets,
+            *gates,
+            *(1 if gate is None else gate.shape[1] for gate in gates),
             rows,
             rows // out_frames if frame_offsets is None else len(frame_offsets) - 1,
             out_frames,
             **arguments,
+            TRANSPOSED=TRANSPOSED,
             b_row=BLOCK_ROWS,
         )
-    return taps
+    return Domain(input_count=count, taps=taps) if TRANSPOSED else Domain(output_count=count, taps=taps)

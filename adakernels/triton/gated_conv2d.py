@@ -75,4 +75,4 @@ def gated_conv2d_backward(
         to_weight = depthwise_weight_gradient(
             grad, input, weight, geometry, domain, policy=policy, in_policy=in_policy, frames=frames
         )
-    return to_input, to_weight, bias_gradient(grad) if grad_bias else weight.new_empty(0)
+    return to_input, to_weight, bias_gradient(grad, domain) if grad_bias else weight.new_empty(0)

@@ -15,7 +15,6 @@ from adakernels.triton.convolve import (
     input_gradient,
     weight_gradient,
 )
-from adakernels.triton.domain import Domain
 
 
 def sliced_conv3d(
@@ -32,7 +31,7 @@ def sliced_conv3d(
 ) -> Tensor:  # [B, C_out, T', H', W'] | [sum T, C_out, H', W']
     geometry = Geometry(weight.shape[2:], stride, padding, dilation, packed=frame_offsets is not None)
     output = geometry.empty_output(input, weight)
-    domain = Domain(taps=geometry.taps(output, input, temporal, frame_offsets))
+    domain = geometry.domain(output, input, temporal, frame_offsets)
     run = convolve if groups == 1 else convolve_depthwise
     run(output, input, weight, bias, geometry, domain, activation=activation)
     return output
@@ -53,12 +52,12 @@ def sliced_conv3d_backward(
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # as input, as weight, [C_out]
     geometry = Geometry(weight.shape[2:], stride, padding, dilation, packed=frame_offsets is not None)
+    domain = geometry.domain(grad_output, input, temporal, frame_offsets)
     to_input, to_weight = input.new_empty(0), weight.new_empty(0)
     if grad_input:
-        taps = geometry.taps(input, grad_output, temporal, frame_offsets, TRANSPOSED=True)
-        to_input = input_gradient(grad_output, input, weight, geometry, Domain(taps=taps), groups)
+        swapped = geometry.domain(input, grad_output, temporal, frame_offsets, TRANSPOSED=True)
+        to_input = input_gradient(grad_output, input, weight, geometry, swapped, groups)
     if grad_weight:
-        domain = Domain(taps=geometry.taps(grad_output, input, temporal, frame_offsets))
         run = weight_gradient if groups == 1 else depthwise_weight_gradient
         to_weight = run(grad_output, input, weight, geometry, domain)
-    return to_input, to_weight, bias_gradient(grad_output) if grad_bias else weight.new_empty(0)
+    return to_input, to_weight, bias_gradient(grad_output, domain) if grad_bias else weight.new_empty(0)
