@@ -11,6 +11,7 @@ from adakernels.nn import (
 )
 from adakernels.ops import (
     Policy,
+    dynamic_conv3d,
     gated_conv2d,
     patch_gather,
     sliced_conv3d,
@@ -29,6 +30,7 @@ __all__ = [
     "available_backends",
     "convert",
     "count_flops",
+    "dynamic_conv3d",
     "explain",
     "gated_conv2d",
     "models",

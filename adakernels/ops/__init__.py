@@ -1,6 +1,12 @@
 """The operators. Each has a file with its schema, reference, gradient, FLOP formula and public function."""
 
 from adakernels import _extension
+from adakernels.ops import _dynamic_backward  # noqa: F401, registers an operator's gradient
+from adakernels.ops.dynamic_conv3d import (
+    dynamic_conv3d,
+    dynamic_conv3d_flops,
+    dynamic_conv3d_reference,
+)
 from adakernels.ops.gated_conv2d import gated_conv2d, gated_conv2d_flops, gated_conv2d_reference
 from adakernels.ops.patch_gather import patch_gather, patch_gather_reference
 from adakernels.ops.policy import Policy, needed_channels
@@ -10,6 +16,9 @@ from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
 __all__ = [
     "Policy",
+    "dynamic_conv3d",
+    "dynamic_conv3d_flops",
+    "dynamic_conv3d_reference",
     "gated_conv2d",
     "gated_conv2d_flops",
     "gated_conv2d_reference",

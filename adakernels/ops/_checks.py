@@ -146,6 +146,34 @@ def checked_range(values: Tensor, end: int, sentence: str) -> Tensor:
     return torch.ops.adakernels.checked_range.default(values, end, sentence)
 
 
+# The same for weights that must not be negative.
+library.define("checked_weights(Tensor values, str sentence) -> Tensor")
+
+
+@torch.library.impl(library, "checked_weights", "CompositeExplicitAutograd")
+def _checked_weights(values: Tensor, sentence: str) -> Tensor:
+    readable = values.device.type == "cpu" or debugging()
+    if readable and values.numel() > 0:
+        wrong = values[~(values >= 0)]
+        check_value(wrong.numel() == 0, lambda: f"{sentence}, got {wrong[0].item():g}")
+    return values.clone()
+
+
+@torch.library.register_fake("adakernels::checked_weights", lib=library)
+def _checked_weights_fake(values: Tensor, sentence: str) -> Tensor:
+    return torch.empty_like(values)
+
+
+torch.library.register_autograd("adakernels::checked_weights", lambda ctx, grad: (grad, None), lib=library)
+
+
+def checked_weights(values: Tensor, op: str, name: str) -> Tensor:
+    """A copy of weights that must not be negative, nor NaN: looked at on the CPU always, elsewhere with
+    `ADAKERNELS_DEBUG=1`."""
+    sentence = f"{op}: expected {name} of non-negative weights"
+    return torch.ops.adakernels.checked_weights.default(values, sentence)
+
+
 def check_frames(op: str, frames: Any, batch: int) -> None:
     """`frames` is the clip length T: an int of at least 1 that divides the batch."""
     check_type(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts
 from adakernels.ops._layout import empty_in_format
@@ -106,6 +107,14 @@ def check_operands(op: str, input: Facts, weight: Facts, rank: int) -> None:
         all(size >= 1 for size in weight[0]),
         lambda: f"{op}: expected weight without empty dimensions, got shape {list(weight[0])}",
     )
+
+
+def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a convolution on such tensors."""
+    if not backends.can_run_triton(op, input[2], input[1], raise_error=raise_error):
+        return False
+    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
+    return groups in (1, input[0][1]) or backends.refuse(op, "triton", reason, raise_error)
 
 
 def empty_output(

@@ -21,11 +21,12 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_triton,
     conv_arguments,
     empty_output,
 )
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 
 library.define(
     "sliced_conv3d(Tensor input, Tensor weight, Tensor? bias, Tensor? temporal, Tensor? frame_offsets, "
@@ -38,6 +39,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", kernels=("triton",))
 
 
 def sliced_conv3d_reference(
@@ -234,7 +236,7 @@ def _predicates(
         return {}
     return {
         "cuda": partial(backends.has_no_kernel, "sliced_conv3d", "cuda"),
-        "triton": partial(backends.has_no_kernel, "sliced_conv3d", "triton"),
+        "triton": partial(can_run_triton, "sliced_conv3d", input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }
 

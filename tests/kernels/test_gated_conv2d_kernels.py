@@ -214,7 +214,7 @@ def test_domain(kernels: Any, channels: int) -> None:
             assert torch.equal(found.sort(1).values, torch.arange(wanted.shape[1]).to(found).expand_as(found))
             for row, chosen, number in zip(found.tolist(), wanted, count.tolist(), strict=True):
                 assert row[:number] == chosen.nonzero().flatten().tolist()
-    assert build_domain(None, None, 1) == (None,) * 4
+    assert build_domain(None, None, 1) == (None,) * 5
 
 
 def gradients(
@@ -281,7 +281,7 @@ def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
 
 
 def test_frames_that_share_a_sum(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["adakernels.triton.gated_conv2d"], "PROGRAMS", 1)
+    monkeypatch.setattr(sys.modules["adakernels.triton.convolve"], "PROGRAMS", 1)
     for case in (Case(1, 3, 5, 70, (3, 2)), Case(1, 3, 6, 6, (3, 2), groups=6)):
         for gates in ("o", "i"):
             check_gradients(kernels, case, gates, torch.float32, torch.channels_last)

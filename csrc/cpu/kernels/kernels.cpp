@@ -4,6 +4,7 @@
 #include "direct.h"
 #include "fuse.h"
 #include "patch_gather.h"
+#include "reconstruct.h"
 #include "weight_gradient.h"
 #include "winograd.h"
 
@@ -27,6 +28,7 @@ const Kernels kernels = {
     .gather_patch = gather_patch,
     .differentiate_patch = differentiate_patch,
     .spread_patches = spread_patches,
+    .reconstruct = reconstruct,
 };
 
 }  // namespace adakernels::ADAKERNELS_ISA
