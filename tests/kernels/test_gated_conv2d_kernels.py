@@ -51,6 +51,9 @@ DEPTHWISE = {
     "5x5": Case(1, 3, 6, 6, (7, 5), (5, 5), padding=(2, 2), groups=6, activation="silu"),
     "stride 2, two outputs each": Case(2, 2, 5, 10, (8, 9), stride=(2, 2), groups=5),
     "two blocks, dilated": Case(1, 2, 70, 70, (6, 9), padding=(2, 1), dilation=(2, 1), groups=70, bias=False),
+    "3x3, stride 2": Case(1, 2, 8, 8, (10, 9), stride=(2, 2), groups=8, activation="relu6"),
+    "5x5, stride 2": Case(1, 2, 6, 6, (9, 12), (5, 5), (2, 2), (2, 2), groups=6),
+    "3x3, odd": Case(1, 3, 5, 5, (6, 11), groups=5, activation="relu"),
     "no frames": Case(0, 1, 4, 4, (3, 3), groups=4),
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -129,7 +132,6 @@ def test_matches_the_reference(
     check(kernels, case, gates, dtype, format)
 
 
-@ON_TRITON
 @pytest.mark.parametrize(("dtype", "format"), DEPTHWISE_FORMS, ids=str)
 @pytest.mark.parametrize("gates", ["o", "i", "oi"])
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
@@ -272,7 +274,6 @@ def test_gradients(
     check_gradients(kernels, case, gates, dtype, format)
 
 
-@ON_TRITON
 @pytest.mark.parametrize(("gates", "dtype", "format"), DEPTHWISE_GRADIENTS, ids=str)
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
 def test_depthwise_gradients(
