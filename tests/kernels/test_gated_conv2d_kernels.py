@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from adakernels.ops import gated_conv2d_reference
 from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops.policy import needed_channels
 
-pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+ON_TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def check(kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torc
     torch.testing.assert_close(output.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+@ON_TRITON
 @pytest.mark.parametrize(("dtype", "format"), MATRIX_FORMS, ids=str)
 @pytest.mark.parametrize("gates", ["o", "i", "oi"])
 @pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
@@ -127,6 +129,7 @@ def test_matches_the_reference(
     check(kernels, case, gates, dtype, format)
 
 
+@ON_TRITON
 @pytest.mark.parametrize(("dtype", "format"), DEPTHWISE_FORMS, ids=str)
 @pytest.mark.parametrize("gates", ["o", "i", "oi"])
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
@@ -136,6 +139,7 @@ def test_depthwise_matches_the_reference(
     check(kernels, case, gates, dtype, format)
 
 
+@ON_TRITON
 @pytest.mark.parametrize("groups", [1, 6])
 @pytest.mark.parametrize("value", [0, 1, 2, 7], ids=["keep", "reuse", "skip", "no policy value"])
 def test_one_value_everywhere(kernels: Any, value: int, groups: int) -> None:
@@ -159,6 +163,7 @@ def test_one_value_everywhere(kernels: Any, value: int, groups: int) -> None:
     matches()
 
 
+@ON_TRITON
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("groups", [1, 6])
 def test_skipped_inputs_are_not_read(kernels: Any, groups: int, format: torch.memory_format) -> None:
@@ -172,6 +177,7 @@ def test_skipped_inputs_are_not_read(kernels: Any, groups: int, format: torch.me
     assert torch.equal(run(kernels, case, poisoned, weight, bias, policy, in_policy), want)
 
 
+@ON_TRITON
 def test_frames_that_nobody_reads_are_not_read(kernels: Any) -> None:
     for groups in (1, 6):
         case = Case(2, 2, 6, 6, (4, 3), groups=groups)
@@ -182,6 +188,7 @@ def test_frames_that_nobody_reads_are_not_read(kernels: Any) -> None:
         assert torch.isfinite(run(kernels, case, input, weight, bias, policy, None)).all()
 
 
+@ON_TRITON
 def test_arguments_that_are_not_dense(kernels: Any) -> None:
     case = Case(1, 2, 6, 8, (4, 5))
     input, weight, bias, policy, _ = make(case, "o", torch.float32, torch.channels_last, kernels.device)
@@ -194,19 +201,30 @@ def test_arguments_that_are_not_dense(kernels: Any) -> None:
     assert torch.equal(run(kernels, case, shifted, weight, bias, policy, None), want)
 
 
+def domain_lists(kernels: Any, policy: Tensor | None, in_policy: Tensor | None) -> Sequence[Tensor | None]:
+    if kernels.name == "triton":
+        from adakernels.triton.domain import build_domain
+
+        return build_domain(policy, in_policy, frames=3)
+    lists = kernels.domain(policy, in_policy, 3)
+    return [
+        *((None,) * 2 if policy is None else lists[:2]),
+        *((None,) * 2 if in_policy is None else lists[2:]),
+    ]
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "triton"], indirect=True)
 @pytest.mark.parametrize("channels", [1, 7, 64, 1500])
 def test_domain(kernels: Any, channels: int) -> None:
-    from adakernels.triton.domain import build_domain
-
     generator = torch.Generator().manual_seed(channels)
     policy = torch.randint(0, 3, (6, channels), generator=generator).to(kernels.device)
     in_policy = torch.randint(0, 3, (6, 2 * channels), generator=generator).to(kernels.device)
     policy[3], in_policy[3] = 2, 2
     for given in ((policy, in_policy), (policy, None), (None, in_policy)):
-        domain = build_domain(*given, frames=3)
+        lists = domain_lists(kernels, *given)
         for wanted, found, count in (
-            (needed_channels(policy, 3), domain.outputs, domain.output_count),
-            (in_policy != 2, domain.inputs, domain.input_count),
+            (needed_channels(policy, 3), *lists[:2]),
+            (in_policy != 2, *lists[2:]),
         ):
             if found is None or count is None:
                 continue
@@ -214,7 +232,6 @@ def test_domain(kernels: Any, channels: int) -> None:
             assert torch.equal(found.sort(1).values, torch.arange(wanted.shape[1]).to(found).expand_as(found))
             for row, chosen, number in zip(found.tolist(), wanted, count.tolist(), strict=True):
                 assert row[:number] == chosen.nonzero().flatten().tolist()
-    assert build_domain(None, None, 1) == (None,) * 4
 
 
 def gradients(
@@ -246,6 +263,7 @@ def check_gradients(
         assert (mine[exact == 0] == 0).all()
 
 
+@ON_TRITON
 @pytest.mark.parametrize(("gates", "dtype", "format"), MATRIX_GRADIENTS, ids=str)
 @pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
 def test_gradients(
@@ -254,6 +272,7 @@ def test_gradients(
     check_gradients(kernels, case, gates, dtype, format)
 
 
+@ON_TRITON
 @pytest.mark.parametrize(("gates", "dtype", "format"), DEPTHWISE_GRADIENTS, ids=str)
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
 def test_depthwise_gradients(
@@ -262,6 +281,7 @@ def test_depthwise_gradients(
     check_gradients(kernels, case, gates, dtype, format)
 
 
+@ON_TRITON
 @pytest.mark.parametrize("groups", [1, 6])
 def test_unwanted_gradients_are_empty(kernels: Any, groups: int) -> None:
     case = Case(1, 2, 6, 6, (3, 4), groups=groups)
@@ -273,6 +293,7 @@ def test_unwanted_gradients_are_empty(kernels: Any, groups: int) -> None:
         assert [grad.numel() > 0 for grad in grads] == list(wanted)
 
 
+@ON_TRITON
 @pytest.mark.parametrize("groups", [1, 6])
 def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
     case = Case(1, 2, 6, 6, (4, 3), groups=groups)
@@ -280,6 +301,7 @@ def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+@ON_TRITON
 def test_frames_that_share_a_sum(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["adakernels.triton.gated_conv2d"], "PROGRAMS", 1)
     for case in (Case(1, 3, 5, 70, (3, 2)), Case(1, 3, 6, 6, (3, 2), groups=6)):
