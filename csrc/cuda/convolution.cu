@@ -578,13 +578,13 @@ void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
 }  // namespace
 
 void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const Domain& domain, const Geometry& geometry,
-              const Frames& frames, const Mixing& mixing, const Epilogue& epilogue, bool exact) {
+              const Frames& frames, const Epilogue& epilogue, bool exact) {
   if (output.numel() == 0) return;
   const Layout target = layout_of(output), source = layout_of(input);
   STD_TORCH_CHECK(target.channels * target.pixels <= INT32_MAX && source.channels * source.pixels <= INT32_MAX,
                   "convolution: expected at most 2^31 - 1 values per frame");
-  const bool packed = domain.inputs == nullptr && mixing.policy == nullptr && is_packed(input);
-  const Tensor features = packed ? input : pack_features(input, domain.inputs, domain.input_count, mixing);
+  const bool packed = domain.inputs == nullptr && is_packed(input);
+  const Tensor features = packed ? input : pack_features(input, domain.inputs, domain.input_count);
   const Stream stream(output);
   for_float_type(input, "convolution", [&](auto zero) {
     using T = decltype(zero);

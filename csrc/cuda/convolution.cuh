@@ -43,7 +43,7 @@ struct Epilogue {
 void convolve(Tensor& output,        // [N', C_out, H', W'] | [B, C_out, T', H', W']
               const Tensor& input,   // [N, C_in, H, W] | [B, C_in, T, H, W]
               const Tensor& weight,  // [C_out, C_in, ...], if transposed [C_in, C_out, ...]
-              const Domain& domain, const Geometry& geometry, const Frames& frames, const Mixing& mixing,
-              const Epilogue& epilogue, bool exact);
+              const Domain& domain, const Geometry& geometry, const Frames& frames, const Epilogue& epilogue,
+              bool exact);
 
 }  // namespace adakernels

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
                          const T* input,        // [N, C, pixels]
                          const int32_t* list,   // [N, C] | null
                          const int32_t* count,  // [N] | null
-                         Layout layout, Mixing mixing, uint32_t blocks_per_row) {
+                         Layout layout, uint32_t blocks_per_row) {
   const int64_t row = blockIdx.x / blocks_per_row;
   const uint32_t channels = uint32_t(layout.channels), pixels = uint32_t(layout.pixels);
   const uint32_t thread = blockIdx.x % blocks_per_row * kThreads + threadIdx.x;
@@ -53,16 +53,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (uint32_t i = 0; i < kChunk<T>; ++i) {
     const uint32_t place = chunk * kChunk<T> + i;
-    float value = 0.f;
-    if (place < end) {
-      const uint32_t channel = list != nullptr ? uint32_t(list[row * channels + place]) : place;
-      const T* from = frame + channel * layout.step_channel + pixel * layout.step_pixel;
-      const int64_t* choice = mixing.policy + row * channels + channel;
-      if (mixing.policy == nullptr || *choice == kKeep) value += static_cast<float>(*from);
-      if (mixing.policy != nullptr && row % mixing.frames + 1 < mixing.frames && choice[channels] == kReuse)
-        value += static_cast<float>(from[layout.step_frame]);
-    }
-    vector.values[i] = static_cast<T>(value);
+    vector.values[i] = static_cast<T>(0.f);
+    if (place >= end) continue;
+    const uint32_t channel = list != nullptr ? uint32_t(list[row * channels + place]) : place;
+    vector.values[i] = frame[channel * layout.step_channel + pixel * layout.step_pixel];
   }
   store_vector(packed + ((row * pixels + pixel) * chunks + chunk) * kChunk<T>, vector);
 }
@@ -88,7 +82,7 @@ bool is_packed(const Tensor& input) {
          input.size(1) * int64_t(input.element_size()) % kVectorBytes == 0;
 }
 
-Tensor pack_features(const Tensor& input, const int32_t* list, const int32_t* count, const Mixing& mixing) {
+Tensor pack_features(const Tensor& input, const int32_t* list, const int32_t* count) {
   STD_TORCH_CHECK(input.is_contiguous() || has_format(input, true),
                   "convolution: expected a contiguous or channels-last tensor");
   const Layout layout = layout_of(input);
@@ -101,7 +95,7 @@ Tensor pack_features(const Tensor& input, const int32_t* list, const int32_t* co
   for_float_type(input, "convolution", [&](auto zero) {
     using T = decltype(zero);
     stream.launch(&pack_features_kernel<T>, blocks * layout.rows, kThreads, 0, mutable_data<T>(packed),
-                  data<T>(input), list, count, layout, mixing, uint32_t(blocks));
+                  data<T>(input), list, count, layout, uint32_t(blocks));
   });
   return packed;
 }

@@ -2,9 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
-#include "cuda/domain.cuh"
 #include "cuda/tensors.cuh"
 
 namespace adakernels {
@@ -13,22 +11,14 @@ namespace adakernels {
 template <typename T>
 constexpr int kChunk = kVectorBytes / int(sizeof(T));
 
-// How the gradient of a clip's mixed features becomes that of the features: a channel of frame t gets what frame t
-// kept and what frame t + 1 reused.
-struct Mixing {
-  const int64_t* policy;  // [N, C] | null
-  int64_t frames;
-};
-
 // A tensor [N, H * W, P] of the input's channels, P as small as whole vectors allow; of each frame those of a list,
 // in its order, where there is one. Behind the last one there are zeros up to a whole vector, then anything.
-Tensor pack_features(const Tensor& input,    // [N, C, H, W]
+Tensor pack_features(const Tensor& input,    // [N, C, H, W] | [B, C, T, H, W]
                      const int32_t* list,    // [N, C] | null
-                     const int32_t* count,   // [N] | null
-                     const Mixing& mixing);
+                     const int32_t* count);  // [N] | null
 
 // Whether pack_features would change nothing.
-bool is_packed(const Tensor& input);  // [N, C, H, W]
+bool is_packed(const Tensor& input);  // [N, C, H, W] | [B, C, T, H, W]
 
 // In which order a weight's channels are wanted: for a row per output, or for one per tap and input.
 enum class WeightOrder { by_output, by_input };
