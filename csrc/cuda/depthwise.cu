@@ -81,7 +81,7 @@ struct Fate {
 
 // How the threads of a block lie over channels and tiles of outputs, and the size of a tile.
 template <bool kChannelsLast, int kStride>
-struct Layout {
+struct Lanes {
   static constexpr int kRows = kStride == 1 ? 4 : 2;
   static constexpr int kColumns = kChannelsLast ? 4 : 1;
   static constexpr int kChannels = kChannelsLast ? 2 : 1;
@@ -98,15 +98,15 @@ __global__ void __launch_bounds__(kThreads, 2)
                      const T* weight,  // [C, 1, kKernel, kKernel]
                      const T* bias,    // [C] | null
                      Depthwise shape, bool gradient, uint32_t channel_blocks, uint32_t tile_blocks) {
-  using Lanes = Layout<kChannelsLast, kStride>;
-  constexpr int kRows = Lanes::kRows, kColumns = Lanes::kColumns, kChannels = Lanes::kChannels;
+  using Own = Lanes<kChannelsLast, kStride>;
+  constexpr int kRows = Own::kRows, kColumns = Own::kColumns, kChannels = Own::kChannels;
   constexpr int kTaps = kKernel * kKernel, kReach = (kColumns - 1) * kStride + kKernel;
-  constexpr uint32_t kBlockChannels = Lanes::kChannelLanes * kChannels;
+  constexpr uint32_t kBlockChannels = Own::kChannelLanes * kChannels;
   const FrameShape &to = shape.target, &from = shape.source;
   const uint32_t tile_block = blockIdx.x % tile_blocks, channel_block = blockIdx.x / tile_blocks % channel_blocks;
   const int64_t row = blockIdx.x / tile_blocks / channel_blocks;
-  const uint32_t channel_lane = kChannelsLast ? threadIdx.x % Lanes::kChannelLanes : threadIdx.x / Lanes::kTileLanes;
-  const uint32_t tile_lane = kChannelsLast ? threadIdx.x / Lanes::kChannelLanes : threadIdx.x % Lanes::kTileLanes;
+  const uint32_t channel_lane = kChannelsLast ? threadIdx.x % Own::kChannelLanes : threadIdx.x / Own::kTileLanes;
+  const uint32_t tile_lane = kChannelsLast ? threadIdx.x / Own::kChannelLanes : threadIdx.x % Own::kTileLanes;
   const uint32_t first_channel = channel_block * kBlockChannels;
 
   float* weights = reinterpret_cast<float*>(shared_memory());  // [kTaps, kBlockChannels]
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const uint32_t channel = first_channel + channel_lane * kChannels;
   const uint32_t tiles_x = (to.width + kColumns - 1) / kColumns;
-  const uint32_t tile = tile_block * Lanes::kTileLanes + tile_lane;
+  const uint32_t tile = tile_block * Own::kTileLanes + tile_lane;
   const int out_y = int(tile / tiles_x) * kRows, out_x = int(tile % tiles_x) * kColumns;
   if (channel >= to.channels || out_y >= int(to.height)) return;
 
@@ -264,11 +264,11 @@ void convolve(Tensor& target, const Tensor& source, const Tensor& weight, const 
         shape.target.channels % 2 == 0 && is_aligned(target, 2 * sizeof(T)) && is_aligned(source, 2 * sizeof(T));
     const bool specialised = (pairs || !last) && for_window(shape, kGradient, [&](auto kernel, auto stride) {
       const auto launch = [&](auto channels_last) {
-        using Lanes = Layout<channels_last(), stride()>;
-        constexpr int kBlockChannels = Lanes::kChannelLanes * Lanes::kChannels;
+        using Own = Lanes<channels_last(), stride()>;
+        constexpr int kBlockChannels = Own::kChannelLanes * Own::kChannels;
         const int64_t channel_blocks = ceil_div(shape.target.channels, kBlockChannels);
-        const int64_t tiles = ceil_div(shape.target.height, Lanes::kRows) * ceil_div(shape.target.width, Lanes::kColumns);
-        const int64_t tile_blocks = ceil_div(tiles, Lanes::kTileLanes);
+        const int64_t tiles = ceil_div(shape.target.height, Own::kRows) * ceil_div(shape.target.width, Own::kColumns);
+        const int64_t tile_blocks = ceil_div(tiles, Own::kTileLanes);
         stream.launch(&depthwise_kernel<T, kernel(), stride(), channels_last()>, rows * channel_blocks * tile_blocks,
                       kThreads, int(kBlockChannels * kernel() * kernel() * sizeof(float)), mutable_data<T>(target),
                       data<T>(source), data<T>(weight), of_bias, shape, kGradient, uint32_t(channel_blocks),

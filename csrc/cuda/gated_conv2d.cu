@@ -1,11 +1,13 @@
-// gated_conv2d for CUDA: the front of the depthwise kernels.
+// gated_conv2d for CUDA: the front of the convolution core, for groups = 1, and of the depthwise kernels.
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cuda/depthwise.cuh"
+#include "cuda/gated_convolution.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/temporal_fuse.cuh"
+#include "cuda/weight_gradient.cuh"
 
 namespace adakernels {
 
@@ -22,6 +24,10 @@ int64_t out_size(int64_t size, int kernel, int stride, int padding, int dilation
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+void check_depthwise(int64_t groups, const Tensor& input) {
+  STD_TORCH_CHECK(groups == input.size(1), "gated_conv2d: expected groups 1 or C_in = ", input.size(1), ", got ", groups);
+}
+
 Tensor gated_conv2d(Tensor input,                     // [N, C_in, H, W]
                     Tensor weight,                    // [C_out, C_in/groups, kh, kw]
                     std::optional<Tensor> bias,       // [C_out]
@@ -34,7 +40,11 @@ Tensor gated_conv2d(Tensor input,                     // [N, C_in, H, W]
       {input.size(0), weight.size(0), out_size(input.size(2), w.kernel_y, w.stride_y, w.padding_y, w.dilation_y),
        out_size(input.size(3), w.kernel_x, w.stride_x, w.padding_x, w.dilation_x)},
       input.scalar_type(), is_channels_last(input, "gated_conv2d"));
-  STD_TORCH_CHECK(groups == input.size(1), "gated_conv2d: only depthwise");
+  if (groups == 1) {
+    gated_convolution(output, input, weight, bias, policy, in_policy, frames, w, activation);
+    return output;
+  }
+  check_depthwise(groups, input);
   weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   depthwise_convolution(output, input, weight, bias, policy, in_policy, frames, w, activation);
@@ -50,14 +60,16 @@ std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(Tensor grad_output,    
                                                          int64_t groups, bool want_input, bool want_weight,
                                                          bool want_bias) {
   const Window w = window_of(weight, stride, padding, dilation);
-  STD_TORCH_CHECK(groups == input.size(1), "gated_conv2d: only depthwise");
+  if (groups != 1) check_depthwise(groups, input);
   weight = torch::stable::contiguous(weight);
   const Tensor grad = computed_gradient(grad_output, policy, frames);
   Tensor grad_input = want_input ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
   Tensor grad_weight = want_weight ? torch::stable::empty_like(weight) : torch::stable::new_empty(weight, {0});
   Tensor grad_bias = torch::stable::new_empty(weight, {want_bias ? weight.size(0) : 0});
-  if (want_input) depthwise_input_gradient(grad_input, grad, weight, policy, in_policy, frames, w);
-  if (want_weight) depthwise_weight_gradient(grad_weight, grad, input, policy, in_policy, frames, w);
+  const auto to_input = groups == 1 ? gated_input_gradient : depthwise_input_gradient;
+  const auto to_weight = groups == 1 ? gated_weight_gradient : depthwise_weight_gradient;
+  if (want_input) to_input(grad_input, grad, weight, policy, in_policy, frames, w);
+  if (want_weight) to_weight(grad_weight, grad, input, policy, in_policy, frames, w);
   if (want_bias) bias_gradient(grad_bias, grad, policy, frames);
   return {grad_input, grad_weight, grad_bias};
 }
