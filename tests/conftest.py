@@ -47,7 +47,8 @@ def emulated(name: str, *sources: Path) -> Path:
     if compiler is None:
         pytest.skip("the emulation needs a C++ compiler")
     emulation, torch_folder = ROOT / "tests/native/emulation", Path(torch.__file__).parent
-    flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -x c++".split()
+    flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -x c++".split()
+    flags += "-Wall -Wextra -Werror -Wno-unknown-pragmas".split()
     flags += [f"-I{emulation}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     headers = sorted([*ROOT.glob("csrc/cuda/*.cuh"), *emulation.rglob("*.h"), *emulation.rglob("*.cuh")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -291,8 +291,55 @@ def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_frames_that_share_a_sum(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["adakernels.triton.gated_conv2d"], "PROGRAMS", 1)
     for case in (Case(1, 3, 5, 70, (3, 2)), Case(1, 3, 6, 6, (3, 2), groups=6)):
         for gates in ("o", "i"):
             check_gradients(kernels, case, gates, torch.float32, torch.channels_last)
+
+
+ON_CUDA = pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+
+
+@ON_CUDA
+@pytest.mark.parametrize("gates", ["", "o", "i", "oi"])
+def test_sums_of_several_blocks(kernels: Any, gates: str) -> None:
+    """Pixels are split among blocks, also within a frame, and frames run on where nothing is listed."""
+    for case in (Case(1, 3, 9, 70, (13, 12)), Case(2, 2, 6, 6, (9, 14), groups=6)):
+        check_gradients(kernels, case, gates, torch.float32, torch.channels_last)
+
+
+@ON_CUDA
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_bfloat16(kernels: Any, case: Case, format: torch.memory_format) -> None:
+    for gates in ("", "oi"):
+        check(kernels, case, gates, torch.bfloat16, format)
+        check_gradients(kernels, case, gates, torch.bfloat16, format)
+
+
+@pytest.fixture
+def tf32(kernels: Any) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    kernels.multiply_exactly(False)
+    yield
+    kernels.multiply_exactly(True)
+    torch.set_float32_matmul_precision(before)
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+def test_tf32(kernels: Any, case: Case) -> None:
+    case = replace(case, activation=None)
+    for gates in ("", "oi"):
+        input, weight, bias, *policies = make(case, gates, torch.float32, torch.channels_last, kernels.device)
+        output = run(kernels, case, input, weight, bias, *policies)
+        found, exact = gradients(kernels, case, gates, torch.float32, torch.channels_last)
+        wanted = (expected(case, input, weight, bias, policies), *exact)
+        for mine, want in zip((output, *found), wanted, strict=True):
+            # Factors of 11 bits: an error of 2^-11 each, in sums that mostly even out.
+            largest = want.abs().max().item() if want.numel() > 0 else 0
+            torch.testing.assert_close(mine.double(), want, rtol=0, atol=2**-10 * largest)
