@@ -1,6 +1,7 @@
 #include "cuda_runtime.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -15,6 +16,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <vector>
+
+#include "guards.h"
 
 namespace emulation {
 
@@ -105,6 +108,9 @@ class Fiber {
     resume();
   }
 
+  // Gives up the running thread, from a signal handler.
+  [[noreturn]] static void abandon() { _longjmp(scheduler, 1); }
+
   static Fiber* running;
 
  private:
@@ -183,6 +189,30 @@ void run_block(std::vector<std::unique_ptr<Fiber>>& fibers) {
   }
 }
 
+// A bad access of a thread ends the launch with an error instead of the process.
+class BadAccesses {
+ public:
+  BadAccesses() {
+    struct sigaction action = {};
+    action.sa_sigaction = &handle;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &before_);
+  }
+  ~BadAccesses() { sigaction(SIGSEGV, &before_, nullptr); }
+  BadAccesses(const BadAccesses&) = delete;
+
+ private:
+  static void handle(int, siginfo_t* info, void*) {
+    std::ostringstream text;
+    text << "emulation: bad access " << describe(info->si_addr) << ", in thread " << thread_index.x << " of block "
+         << block_index.x;
+    block->error = std::make_exception_ptr(std::runtime_error(text.str()));
+    Fiber::abandon();
+  }
+
+  struct sigaction before_;
+};
+
 // Shared memory of exactly the size asked for, full of NaN, and nothing accessible behind it.
 class SharedMemory {
  public:
@@ -224,6 +254,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   grid_size = grid;
   block_size = size;
   kernel = &run;
+  const BadAccesses bad_accesses;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -235,6 +266,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
         block = &own;
         run_block(fibers);
       }
+  check_guards();
 }
 
 void wait_until(const std::function<bool()>& ready) {
