@@ -52,11 +52,6 @@ __global__ void __launch_bounds__(kMostThreads) domain_kernel(List first, List s
   if (threadIdx.x == 0) list.count[row] = int32_t(before);
 }
 
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
 // The lists as an operator of their own, empty where everything is visited.
 std::tuple<Tensor, Tensor, Tensor, Tensor> domain_lists(std::optional<Tensor> policy,     // [N, C_out]
                                                         std::optional<Tensor> in_policy,  // [N, C_in]

@@ -1,4 +1,4 @@
-"""gated_conv2d on the Triton kernels, against the reference."""
+"""gated_conv2d on the CUDA and on the Triton kernels, against the reference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from torch import Tensor
 from adakernels.ops import gated_conv2d_reference
 from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops.policy import needed_channels
-
-ON_TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,9 @@ DEPTHWISE = {
     "5x5": Case(1, 3, 6, 6, (7, 5), (5, 5), padding=(2, 2), groups=6, activation="silu"),
     "stride 2, two outputs each": Case(2, 2, 5, 10, (8, 9), stride=(2, 2), groups=5),
     "two blocks, dilated": Case(1, 2, 70, 70, (6, 9), padding=(2, 1), dilation=(2, 1), groups=70, bias=False),
+    "3x3, stride 2": Case(1, 2, 8, 8, (10, 9), stride=(2, 2), groups=8, activation="relu6"),
+    "5x5, stride 2": Case(1, 2, 6, 6, (9, 12), (5, 5), (2, 2), (2, 2), groups=6),
+    "3x3, odd": Case(1, 3, 5, 5, (6, 11), groups=5, activation="relu"),
     "no frames": Case(0, 1, 4, 4, (3, 3), groups=4),
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -119,7 +120,6 @@ def check(kernels: Any, case: Case, gates: str, dtype: torch.dtype, format: torc
     torch.testing.assert_close(output.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-@ON_TRITON
 @pytest.mark.parametrize(("dtype", "format"), MATRIX_FORMS, ids=str)
 @pytest.mark.parametrize("gates", ["o", "i", "oi"])
 @pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
@@ -129,7 +129,6 @@ def test_matches_the_reference(
     check(kernels, case, gates, dtype, format)
 
 
-@ON_TRITON
 @pytest.mark.parametrize(("dtype", "format"), DEPTHWISE_FORMS, ids=str)
 @pytest.mark.parametrize("gates", ["o", "i", "oi"])
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
@@ -139,7 +138,6 @@ def test_depthwise_matches_the_reference(
     check(kernels, case, gates, dtype, format)
 
 
-@ON_TRITON
 @pytest.mark.parametrize("groups", [1, 6])
 @pytest.mark.parametrize("value", [0, 1, 2, 7], ids=["keep", "reuse", "skip", "no policy value"])
 def test_one_value_everywhere(kernels: Any, value: int, groups: int) -> None:
@@ -163,7 +161,6 @@ def test_one_value_everywhere(kernels: Any, value: int, groups: int) -> None:
     matches()
 
 
-@ON_TRITON
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("groups", [1, 6])
 def test_skipped_inputs_are_not_read(kernels: Any, groups: int, format: torch.memory_format) -> None:
@@ -177,7 +174,6 @@ def test_skipped_inputs_are_not_read(kernels: Any, groups: int, format: torch.me
     assert torch.equal(run(kernels, case, poisoned, weight, bias, policy, in_policy), want)
 
 
-@ON_TRITON
 def test_frames_that_nobody_reads_are_not_read(kernels: Any) -> None:
     for groups in (1, 6):
         case = Case(2, 2, 6, 6, (4, 3), groups=groups)
@@ -188,7 +184,6 @@ def test_frames_that_nobody_reads_are_not_read(kernels: Any) -> None:
         assert torch.isfinite(run(kernels, case, input, weight, bias, policy, None)).all()
 
 
-@ON_TRITON
 def test_arguments_that_are_not_dense(kernels: Any) -> None:
     case = Case(1, 2, 6, 8, (4, 5))
     input, weight, bias, policy, _ = make(case, "o", torch.float32, torch.channels_last, kernels.device)
@@ -213,7 +208,6 @@ def domain_lists(kernels: Any, policy: Tensor | None, in_policy: Tensor | None) 
     ]
 
 
-@pytest.mark.parametrize("kernels", ["cuda", "triton"], indirect=True)
 @pytest.mark.parametrize("channels", [1, 7, 64, 1500])
 def test_domain(kernels: Any, channels: int) -> None:
     generator = torch.Generator().manual_seed(channels)
@@ -263,7 +257,6 @@ def check_gradients(
         assert (mine[exact == 0] == 0).all()
 
 
-@ON_TRITON
 @pytest.mark.parametrize(("gates", "dtype", "format"), MATRIX_GRADIENTS, ids=str)
 @pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
 def test_gradients(
@@ -272,7 +265,6 @@ def test_gradients(
     check_gradients(kernels, case, gates, dtype, format)
 
 
-@ON_TRITON
 @pytest.mark.parametrize(("gates", "dtype", "format"), DEPTHWISE_GRADIENTS, ids=str)
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
 def test_depthwise_gradients(
@@ -281,7 +273,6 @@ def test_depthwise_gradients(
     check_gradients(kernels, case, gates, dtype, format)
 
 
-@ON_TRITON
 @pytest.mark.parametrize("groups", [1, 6])
 def test_unwanted_gradients_are_empty(kernels: Any, groups: int) -> None:
     case = Case(1, 2, 6, 6, (3, 4), groups=groups)
@@ -293,7 +284,6 @@ def test_unwanted_gradients_are_empty(kernels: Any, groups: int) -> None:
         assert [grad.numel() > 0 for grad in grads] == list(wanted)
 
 
-@ON_TRITON
 @pytest.mark.parametrize("groups", [1, 6])
 def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
     case = Case(1, 2, 6, 6, (4, 3), groups=groups)
@@ -301,7 +291,6 @@ def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-@ON_TRITON
 def test_frames_that_share_a_sum(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["adakernels.triton.gated_conv2d"], "PROGRAMS", 1)
     for case in (Case(1, 3, 5, 70, (3, 2)), Case(1, 3, 6, 6, (3, 2), groups=6)):
