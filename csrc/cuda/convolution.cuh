@@ -12,13 +12,37 @@
 
 namespace adakernels {
 
-// Sizes of a convolution of frames. As `transposed` it is the gradient of a convolution's input: what it reads lies
-// where that one wrote, and the other way round.
-struct Geometry {
-  int32_t in_height, in_width, out_height, out_width;
-  int32_t kernel_depth, kernel_height, kernel_width;
-  int32_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+// A convolution along one side of a frame. As `transposed` it is the gradient of a convolution's input: what it reads
+// is where that one wrote, and the other way round. Of every `stride` neighbours each then has taps of its own, so the
+// outputs come in that many phases.
+struct Side {
+  int32_t in, out, kernel, stride, padding, dilation;
   bool transposed;
+
+  __host__ __device__ int32_t phases() const { return transposed ? stride : 1; }
+  // Outputs of a phase, of which the last one may be outside.
+  __host__ __device__ int32_t places() const { return (out + phases() - 1) / phases(); }
+  // Where a place reads, but for what the tap adds.
+  __device__ int32_t anchor(int32_t place) const { return transposed ? place : place * stride - padding; }
+  __device__ int32_t output(int32_t place, int32_t phase) const { return place * phases() + phase; }
+  __device__ bool has_tap(int32_t tap, int32_t phase) const {
+    return !transposed || stride == 1 || (phase + padding - tap * dilation) % stride == 0;
+  }
+  __device__ int32_t offset(int32_t tap, int32_t phase) const {
+    return transposed ? (phase + padding - tap * dilation) / stride : tap * dilation;
+  }
+  // How many of the taps before `end` a phase has.
+  __device__ int32_t taps_before(int32_t end, int32_t phase) const {
+    if (!transposed || stride == 1) return end;
+    int32_t count = 0;
+    for (int32_t tap = 0; tap < end; ++tap) count += has_tap(tap, phase);
+    return count;
+  }
+};
+
+struct Geometry {
+  Side y, x;
+  int32_t depth;  // temporal taps of the weight
 };
 
 // Which frames of the input an output frame reads: one for each temporal tap of a range, `step` frames apart, where

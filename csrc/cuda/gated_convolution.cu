@@ -9,22 +9,11 @@ namespace adakernels {
 namespace {
 
 Geometry geometry_of(const Tensor& input, const Tensor& output, const Window& window, bool transposed) {
-  return {
-      .in_height = int32_t(input.size(2)),
-      .in_width = int32_t(input.size(3)),
-      .out_height = int32_t(output.size(2)),
-      .out_width = int32_t(output.size(3)),
-      .kernel_depth = 1,
-      .kernel_height = window.kernel_y,
-      .kernel_width = window.kernel_x,
-      .stride_y = window.stride_y,
-      .stride_x = window.stride_x,
-      .padding_y = window.padding_y,
-      .padding_x = window.padding_x,
-      .dilation_y = window.dilation_y,
-      .dilation_x = window.dilation_x,
-      .transposed = transposed,
+  const auto side = [&](int64_t d, int kernel, int stride, int padding, int dilation) {
+    return Side{int32_t(input.size(d)), int32_t(output.size(d)), kernel, stride, padding, dilation, transposed};
   };
+  return {side(2, window.kernel_y, window.stride_y, window.padding_y, window.dilation_y),
+          side(3, window.kernel_x, window.stride_x, window.padding_x, window.dilation_x), 1};
 }
 
 }  // namespace

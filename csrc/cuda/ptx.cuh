@@ -171,6 +171,9 @@ __device__ __forceinline__ void wait_for_products() {
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ADAKERNELS_NAMES_32 \
   ADAKERNELS_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ADAKERNELS_NAMES_64 \
+  ADAKERNELS_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+                      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define ADAKERNELS_PRODUCT_32(types, rest)                                                                          \
   asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n32" types                       \
                " {" ADAKERNELS_NAMES_16 "}, %16, %17, p, 1, 1" rest ";}"                                             \
@@ -181,32 +184,45 @@ __device__ __forceinline__ void wait_for_products() {
                " {" ADAKERNELS_NAMES_32 "}, %32, %33, p, 1, 1" rest ";}"                                             \
                : ADAKERNELS_SUMS_4(0), ADAKERNELS_SUMS_4(4)                                                         \
                : "l"(a.bits()), "l"(b.bits()), "n"(int(kByColumns)))
+#define ADAKERNELS_PRODUCT_128(types, rest)                                                                         \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n128" types                      \
+               " {" ADAKERNELS_NAMES_64 "}, %64, %65, p, 1, 1" rest ";}"                                             \
+               : ADAKERNELS_SUMS_4(0), ADAKERNELS_SUMS_4(4), ADAKERNELS_SUMS_4(8), ADAKERNELS_SUMS_4(12)            \
+               : "l"(a.bits()), "l"(b.bits()), "n"(int(kByColumns)))
 
 // Begins sums += a b, a [64, 16] of which the four warps have 16 rows each, b [16, kColumns], with the sums of a
 // warp spread as by multiply_add, 8 columns after the other. b has a row for a column, with kByColumns for a k. Of
 // float a has 8 columns, b is not by columns, and both are cut to TF32.
 template <typename T, bool kByColumns, int kColumns, int kSums>
 __device__ __forceinline__ void multiply_add_warpgroup(float (&sums)[kSums][4], const Matrix& a, const Matrix& b) {
-  static_assert((kColumns == 32 || kColumns == 64) && kColumns <= 8 * kSums);
+  static_assert((kColumns == 32 || kColumns == 64 || kColumns == 128) && kColumns <= 8 * kSums);
   static_assert(!(kByColumns && std::is_same_v<T, float>));
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (std::is_same_v<T, c10::Half> && kColumns == 32)
     ADAKERNELS_PRODUCT_32("k16.f32.f16.f16", ", 0, %18");
-  else if constexpr (std::is_same_v<T, c10::Half>)
+  else if constexpr (std::is_same_v<T, c10::Half> && kColumns == 64)
     ADAKERNELS_PRODUCT_64("k16.f32.f16.f16", ", 0, %34");
+  else if constexpr (std::is_same_v<T, c10::Half>)
+    ADAKERNELS_PRODUCT_128("k16.f32.f16.f16", ", 0, %66");
   else if constexpr (std::is_same_v<T, c10::BFloat16> && kColumns == 32)
     ADAKERNELS_PRODUCT_32("k16.f32.bf16.bf16", ", 0, %18");
-  else if constexpr (std::is_same_v<T, c10::BFloat16>)
+  else if constexpr (std::is_same_v<T, c10::BFloat16> && kColumns == 64)
     ADAKERNELS_PRODUCT_64("k16.f32.bf16.bf16", ", 0, %34");
+  else if constexpr (std::is_same_v<T, c10::BFloat16>)
+    ADAKERNELS_PRODUCT_128("k16.f32.bf16.bf16", ", 0, %66");
   else if constexpr (kColumns == 32)
     ADAKERNELS_PRODUCT_32("k8.f32.tf32.tf32", "");
-  else
+  else if constexpr (kColumns == 64)
     ADAKERNELS_PRODUCT_64("k8.f32.tf32.tf32", "");
+  else
+    ADAKERNELS_PRODUCT_128("k8.f32.tf32.tf32", "");
 #endif
 }
 
+#undef ADAKERNELS_PRODUCT_128
 #undef ADAKERNELS_PRODUCT_64
 #undef ADAKERNELS_PRODUCT_32
+#undef ADAKERNELS_NAMES_64
 #undef ADAKERNELS_NAMES_32
 #undef ADAKERNELS_NAMES_16
 #undef ADAKERNELS_SUMS_4

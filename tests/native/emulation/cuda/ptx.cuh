@@ -159,7 +159,7 @@ void wait_for_products() {
 
 template <typename T, bool kByColumns, int kColumns, int kSums>
 void multiply_add_warpgroup(float (&sums)[kSums][4], const Matrix& a, const Matrix& b) {
-  static_assert((kColumns == 32 || kColumns == 64) && kColumns <= 8 * kSums);
+  static_assert((kColumns == 32 || kColumns == 64 || kColumns == 128) && kColumns <= 8 * kSums);
   static_assert(!(kByColumns && std::is_same_v<T, float>));
   if (!emulation::all_writes_fenced()) emulation::fail("a product may not see what was written to shared memory");
   __syncwarp();
