@@ -5,7 +5,7 @@ from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
 from adakernels.nn import GatedConv2d, PatchGather
-from adakernels.ops import Policy, gated_conv2d, patch_gather, temporal_fuse
+from adakernels.ops import Policy, gated_conv2d, patch_gather, sliced_conv3d, temporal_fuse
 from adakernels.policies import ChannelPolicy
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "nn",
     "patch_gather",
     "policies",
+    "sliced_conv3d",
     "temporal_fuse",
     "use_backend",
 ]

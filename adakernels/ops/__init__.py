@@ -4,6 +4,7 @@ from adakernels import _extension
 from adakernels.ops.gated_conv2d import gated_conv2d, gated_conv2d_flops, gated_conv2d_reference
 from adakernels.ops.patch_gather import patch_gather, patch_gather_reference
 from adakernels.ops.policy import Policy, needed_channels
+from adakernels.ops.sliced_conv3d import sliced_conv3d, sliced_conv3d_flops, sliced_conv3d_reference
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "needed_channels",
     "patch_gather",
     "patch_gather_reference",
+    "sliced_conv3d",
+    "sliced_conv3d_flops",
+    "sliced_conv3d_reference",
     "temporal_fuse",
     "temporal_fuse_reference",
 ]

@@ -66,12 +66,16 @@ def check_shape(op: str, name: str, shape: torch.Size, expected: Sequence[int], 
 def check_float(op: str, name: str, dtype: torch.dtype) -> None:
     check_type(
         dtype in FLOATS,
-        lambda: f"{op}: expected {name} of dtype float32, float64, float16 or bfloat16, got {_name(dtype)}",
+        lambda: (
+            f"{op}: expected {name} of dtype float32, float64, float16 or bfloat16, got {dtype_name(dtype)}"
+        ),
     )
 
 
 def check_integer(op: str, name: str, dtype: torch.dtype) -> None:
-    check_type(dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {_name(dtype)}")
+    check_type(
+        dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {dtype_name(dtype)}"
+    )
 
 
 def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts, dtype: bool = True) -> None:
@@ -83,7 +87,8 @@ def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts,
     check_type(
         not dtype or tensor[1] == other[1],
         lambda: (
-            f"{op}: expected {name} of the dtype of {other_name}, {_name(other[1])}, got {_name(tensor[1])}"
+            f"{op}: expected {name} of the dtype of {other_name}, {dtype_name(other[1])}, "
+            f"got {dtype_name(tensor[1])}"
         ),
     )
 
@@ -184,5 +189,6 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
     return str(dtype).removeprefix("torch.")

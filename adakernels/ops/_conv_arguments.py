@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -125,6 +126,39 @@ def activate(input: Tensor, activation: str | None) -> Tensor:
     if activation == "silu":
         return F.silu(input)
     return input
+
+
+def before_activation(
+    grad: Tensor,  # [N, C_out, ...]
+    activation: str | None,
+    output: Tensor | None,  # [N, C_out, ...]
+    linear: Callable[[], Tensor],
+) -> Tensor:  # [N, C_out, ...]
+    """The gradient of an activation's argument, from its result `output` or, for "silu", from `linear()`."""
+    result: Tensor = grad
+    if activation == "relu":
+        result = torch.ops.aten.threshold_backward(grad, output, 0)
+    elif activation == "relu6":
+        result = torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
+    elif activation == "silu":
+        result = torch.ops.aten.silu_backward(grad, linear())
+    return result
+
+
+def autocast(device: torch.device, *arguments: Any) -> tuple[Any, ...]:
+    """The arguments in autocast's dtype, where that is on, as it does for torch's convolutions."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return arguments
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(argument: Any) -> Any:
+        # What is no tensor is refused later.
+        if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
+            return argument.to(dtype)
+        return argument
+
+    return tuple(map(cast, arguments))
 
 
 def _padding(

@@ -53,8 +53,8 @@ bool gathers_points(const Convolution& conv, const Unit& unit) {
          unit.row_count >= kFewestRows;
 }
 
-int64_t channel_span(const Route* routes, int64_t count) {
-  return count == 0 ? 0 : routes[count - 1].channel - routes[0].channel + 1;
+int64_t live_span(const Convolution& conv, const Route* live, int64_t count) {
+  return count == 0 ? 0 : live_number(conv, live[count - 1]) - live_number(conv, live[0]) + 1;
 }
 
 }  // namespace adakernels

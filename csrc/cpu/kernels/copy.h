@@ -98,8 +98,7 @@ inline void copy_plane(float* plane, int64_t pitch, const T* source, const Plane
 template <typename T>
 inline void copy_typed(float* plane, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
                        const Window& window) {
-  const T* here =
-      static_cast<const T*>(planes.data) + frame * planes.frame_stride + route.channel * planes.channel_stride;
+  const T* here = static_cast<const T*>(planes.data) + plane_offset(planes, frame, route);
   const T* next = here + planes.frame_stride;
   copy_plane<T, false>(plane, pitch, route.here ? here : next, planes, window);
   if (route.here && route.next) copy_plane<T, true>(plane, pitch, next, planes, window);
@@ -136,7 +135,7 @@ class RowsAhead {
     stride_ = planes.row_stride * size;
     bytes_ = planes.width * size;
     row_ = static_cast<const char*>(planes.data) + window.y * planes.row_stride * size +
-           ((frame + !route.here) * planes.frame_stride + route.channel * planes.channel_stride) * size;
+           plane_offset(planes, frame + !route.here, route) * size;
   }
   void fetch_next() {
     for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(row_ + at);
@@ -150,11 +149,11 @@ class RowsAhead {
 
 // Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...
 // Nothing is written past the end of `even`, because `odd` may lie there.
-inline void copy_pair(float* even, float* odd, int64_t pitch, const Planes& planes, int64_t frame, int32_t channel,
+inline void copy_pair(float* even, float* odd, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
                       const Window& left, const Window& right) {
   const float* data = static_cast<const float*>(planes.data);
   const float* limit = data + planes.extent;
-  const float* plane = data + frame * planes.frame_stride + channel * planes.channel_stride;
+  const float* plane = data + plane_offset(planes, frame, route);
   const int64_t begin = std::max(left.begin, right.begin), end = std::max(begin, std::min(left.end, right.end));
   const float* even_end = even + left.height * pitch;
   for (int64_t y = 0; y < left.height; ++y, even += pitch, odd += pitch) {
@@ -188,7 +187,7 @@ inline void copy_phases(float* to, int64_t plane, int64_t pitch, const Planes& p
     const Window& window = windows[p];
     if (pairs && window.step_x == 2 && p + 1 < phase_count && windows[p + 1].y == window.y &&
         windows[p + 1].x == window.x + 1) {
-      copy_pair(to + p * plane, to + (p + 1) * plane, pitch, planes, frame, route.channel, window, windows[p + 1]);
+      copy_pair(to + p * plane, to + (p + 1) * plane, pitch, planes, frame, route, window, windows[p + 1]);
       ++p;
     } else {
       copy_route(to + p * plane, pitch, planes, frame, route, window);

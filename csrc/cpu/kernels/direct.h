@@ -38,7 +38,7 @@ struct RowGroup {
 
   RowGroup(const Convolution& conv, const Unit& unit, int64_t first, int64_t count)
       : floor(conv.activation == Activation::relu ? 0.f : Product().floor) {
-    const int64_t live = unit.live_count > 0 ? unit.live[0].channel * conv.weight_channel : 0;
+    const int64_t live = unit.live_count > 0 ? live_weight(conv, unit.live[0]) : 0;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t channel = unit.rows[first + r].channel;
       rows[r] = conv.weight + unit.weight_offset + channel * conv.weight_row + live;
@@ -82,11 +82,12 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   constexpr int64_t span = kVectors * kLanes;
   const Planes& planes = conv.source;
   const float* source =
-      static_cast<const float*>(planes.data) + unit.frame * planes.frame_stride + tile.x_begin;
-  const int64_t live_count = unit.live_count, first_live = live_count > 0 ? unit.live[0].channel : 0;
+      static_cast<const float*>(planes.data) + unit.source_frame * planes.frame_stride + tile.x_begin;
+  const int64_t live_count = unit.live_count, first_weight = live_count > 0 ? live_weight(conv, unit.live[0]) : 0;
   const int64_t count = tile.x_end - tile.x_begin, whole = count / kLanes * kLanes, rest = count - whole;
-  const bool gapless = live_count > 0 && channel_span(unit.live, live_count) == live_count;
-  const bool dots = rest <= kMostDots && gapless && conv.weight_channel == 1;
+  const bool gapless =
+      live_count > 0 && live_weight(conv, unit.live[live_count - 1]) - first_weight == live_count - 1;
+  const bool dots = rest <= kMostDots && gapless;
   Layout layout;
   const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
   const int64_t copy_at = layout.add<float>(live_count * kLanes);
@@ -95,8 +96,8 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   Step* rest_steps = reinterpret_cast<Step*>(memory + rest_steps_at);
   float* copy = reinterpret_cast<float*>(memory + copy_at);
   for (int64_t i = 0; i < live_count; ++i) {
-    const auto weight = int32_t((unit.live[i].channel - first_live) * conv.weight_channel + conv.taps[0].weight);
-    steps[i] = {weight, int32_t(unit.live[i].channel * planes.channel_stride)};
+    const auto weight = int32_t(live_weight(conv, unit.live[i]) - first_weight + conv.taps[0].weight);
+    steps[i] = {weight, int32_t(plane_offset(planes, 0, unit.live[i]))};
     rest_steps[i] = {weight, int32_t(i * kLanes)};
   }
   const auto copy_rest = [&] {
@@ -165,7 +166,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   const int64_t point_count = grid_height * grid_width, tap_count = int64_t(conv.taps.size());
   const int64_t phase_count = int64_t(conv.phases.size());
   const int64_t width = grid_width + conv.shift_x, height = grid_height + conv.shift_y, plane = width * height;
-  const bool in_order = conv.weight_channel == tap_count && conv.taps[1].weight == 1;
+  const bool in_order = number_stride(conv) == tap_count && conv.taps[1].weight == 1;
   const int64_t rest = point_count % kLanes;
   const int64_t tail = in_order && point_count > rest && rest <= kMostDots ? rest : 0;
   const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes;
@@ -178,7 +179,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   const int64_t steps_at = layout.add<Step>(chunk * tap_count);
   const int64_t patch_at = layout.add<float>(phase_count * plane + 2 * kTilePixels);
   const int64_t points_at = layout.add<float>(chunk * tap_count * pitch + kTilePixels);
-  const int64_t tails_at = layout.add<float>(tail * channel_span(unit.live, unit.live_count) * tap_count);
+  const int64_t tails_at = layout.add<float>(tail * live_span(conv, unit.live, unit.live_count) * tap_count);
   const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * row_room);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Window* windows = reinterpret_cast<Window*>(memory + windows_at);
@@ -200,14 +201,14 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
     const int64_t live_count = std::min(chunk, unit.live_count - begin), step_count = live_count * tap_count;
     const Route* live = unit.live + begin;
     // The few last points' columns go by all channels, with zeros for dead ones, as the weights do that they meet.
-    const int64_t span = channel_span(live, live_count) * tap_count;
+    const int64_t span = live_span(conv, live, live_count) * tap_count;
     std::fill_n(tails, tail * span, 0.f);
     for (int64_t i = 0; i < live_count; ++i) {
-      copy_phases(patch, plane, width, conv.source, unit.frame, live[i], windows, phase_count);
+      copy_phases(patch, plane, width, conv.source, unit.source_frame, live[i], windows, phase_count);
       const bool last = begin + i + 1 == unit.live_count;
-      RowsAhead ahead = last ? RowsAhead() : RowsAhead(conv.source, unit.frame, live[i + 1], windows[0]);
+      RowsAhead ahead = last ? RowsAhead() : RowsAhead(conv.source, unit.source_frame, live[i + 1], windows[0]);
       for (int64_t y = 0; y < conv.step_y * height; ++y) ahead.fetch_next();
-      const int64_t weight = (live[i].channel - unit.live[0].channel) * conv.weight_channel;
+      const int64_t weight = live_weight(conv, live[i]) - live_weight(conv, unit.live[0]);
       for (int64_t t = 0; t < tap_count; ++t) {
         const Tap& tap = conv.taps[size_t(t)];
         const int64_t k = i * tap_count + t;
@@ -217,7 +218,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
         float* to = points + k * pitch;
         for (int64_t y = 0; y < grid_height; ++y)
           copy_whole(to + y * grid_width, from + y * width, grid_width);
-        float* column = tails + (live[i].channel - live[0].channel) * tap_count + t;
+        float* column = tails + (live_number(conv, live[i]) - live_number(conv, live[0])) * tap_count + t;
         for (int64_t p = 0; p < tail; ++p)
           column[p * span] = from[(whole + p) / grid_width * width + (whole + p) % grid_width];
       }
@@ -270,7 +271,7 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
   int64_t live_most = 0;
   for (int64_t u = 0; u < unit_count; ++u) live_most = std::max(live_most, units[u].live_count);
   if (tap_count == 0) live_most = 0;
-  if (live_most * channel > INT32_MAX) throw std::runtime_error("gated_conv2d: the convolution is too large");
+  if (live_most * channel > INT32_MAX) throw std::runtime_error("the convolution is too large");
   Layout layout;
   const int64_t windows_at = layout.add<Window>(phase_count);
   const int64_t steps_at = layout.add<Step>(live_most * tap_count);
@@ -299,14 +300,14 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
     const Unit& unit = units[u];
     const int64_t live_count = tap_count == 0 ? 0 : unit.live_count, step_count = live_count * tap_count;
     for (int64_t i = 0; i < live_count; ++i)
-      copy_phases(source + i * channel, plane, pitch, conv.source, unit.frame, unit.live[i], windows, phase_count);
+      copy_phases(source + i * channel, plane, pitch, conv.source, unit.source_frame, unit.live[i], windows, phase_count);
     // Register tiles read past the last point: those lanes are dropped, but must be readable.
     for (int64_t i = 0; i < kTilePixels; ++i) source[live_count * channel + i] = 0;
     // Units with one live channel all have the same steps, because weights count from the first live channel.
     if (live_count != 1 || steps_made != 1) {
       Step* step = steps;
       for (int64_t i = 0; i < live_count; ++i) {
-        const int64_t weight = (unit.live[i].channel - unit.live[0].channel) * conv.weight_channel;
+        const int64_t weight = live_weight(conv, unit.live[i]) - live_weight(conv, unit.live[0]);
         for (const Tap& tap : conv.taps)
           *step++ = {int32_t(weight + tap.weight),
                      int32_t(i * channel + tap.phase * plane + tap.shift_y * pitch + tap.shift_x)};

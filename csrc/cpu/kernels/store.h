@@ -32,7 +32,7 @@ inline void store_run(T* to, const float* from, int64_t count, int64_t hop) {
 template <typename T>
 inline void store_typed(const Planes& planes, int64_t hop, int64_t frame, const Route& route, const float* row,
                         const Segment* segments, int64_t segment_count) {
-  T* here = static_cast<T*>(planes.data) + frame * planes.frame_stride + route.channel * planes.channel_stride;
+  T* here = static_cast<T*>(planes.data) + plane_offset(planes, frame, route);
   for (int64_t s = 0; s < segment_count; ++s) {
     const Segment& segment = segments[s];
     if (route.here) store_run(here + segment.target, row + segment.from, segment.count, hop);
