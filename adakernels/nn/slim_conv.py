@@ -21,8 +21,8 @@ from adakernels.nn.folding import (
     is_foldable,
     norm_tensors,
 )
+from adakernels.nn.gated_conv2d import ACTIVATIONS
 from adakernels.ops import slim_conv2d, slim_conv3d
-from adakernels.ops._conv_arguments import ACTIVATIONS, activate
 from adakernels.ops._layout import dense
 from adakernels.ops.slim_conv import Segments, convolve, cpu_form, plan, prepare, record_work, slim_weight
 
@@ -100,7 +100,7 @@ class _SlimConv(_ConvNd):
         if fixed:
             return output
         assert norm is not None
-        return activate(_slim_norm(norm, output, self.out_channels), self.activation, inplace=True)
+        return ACTIVATIONS[self.activation](_slim_norm(norm, output, self.out_channels))
 
     def _prepared_forward(
         self,
@@ -186,9 +186,7 @@ class SlimLinear(nn.Linear):
         output = F.linear(input, weight, self.bias)
         if flops.counting:
             rows = math.prod(output.shape[1:])
-            used = torch.full(
-                output.shape[:1], float(rows * input.shape[-1]), dtype=torch.float64, device=output.device
-            )
+            used = flops.every_row(output, float(rows * input.shape[-1]))
             flops.record("linear", float(rows * self.in_features), used)
         return output
 

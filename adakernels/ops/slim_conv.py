@@ -626,8 +626,7 @@ def record_work(
         points = math.prod(arguments.conv.output)
         products = _reduction(input.shape, weight.shape, arguments.groups)
         used = float(points * arguments.out_channels * products)
-        actual = torch.full(input.shape[:1], used, dtype=torch.float64, device=input.device)
-        flops.record(op, float(points * weight.numel()), actual)
+        flops.record(op, float(points * weight.numel()), flops.every_row(input, used))
 
 
 def _slim_conv(
