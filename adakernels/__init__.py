@@ -8,6 +8,8 @@ from adakernels.nn import (
     GatedConv2d,
     PatchGather,
     SlicedConv3d,
+    SlimConv2d,
+    SlimConv3d,
 )
 from adakernels.ops import (
     Policy,
@@ -27,6 +29,8 @@ __all__ = [
     "PatchGather",
     "Policy",
     "SlicedConv3d",
+    "SlimConv2d",
+    "SlimConv3d",
     "available_backends",
     "convert",
     "count_flops",

@@ -4,6 +4,7 @@ from adakernels.nn.gated_conv2d import GatedConv2d, conv_norm_act, conv_norm_add
 from adakernels.nn.packed_clips import PackedClips, select_frames
 from adakernels.nn.patch_gather import PatchGather
 from adakernels.nn.sliced_conv3d import SlicedConv3d, sliced_conv_norm_act
+from adakernels.nn.slim_conv import SlimConv2d, SlimConv3d, SlimLinear
 from adakernels.nn.temporal_shift import temporal_shift
 
 __all__ = [
@@ -11,6 +12,9 @@ __all__ = [
     "PackedClips",
     "PatchGather",
     "SlicedConv3d",
+    "SlimConv2d",
+    "SlimConv3d",
+    "SlimLinear",
     "conv_norm_act",
     "conv_norm_add_act",
     "select_frames",
