@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,8 @@ def emulated(name: str, *sources: Path) -> Path:
     if compiler is None:
         pytest.skip("the emulation needs a C++ compiler")
     emulation, torch_folder = ROOT / "tests/native/emulation", Path(torch.__file__).parent
-    flags = "-std=c++20 -O2 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -x c++".split()
+    flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -x c++".split()
+    flags += "-Wall -Wextra -Werror -Wno-unknown-pragmas".split()
     flags += [f"-I{emulation}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     headers = sorted([*ROOT.glob("csrc/cuda/*.cuh"), *emulation.rglob("*.h"), *emulation.rglob("*.cuh")])
@@ -67,7 +71,7 @@ def emulated(name: str, *sources: Path) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = [str(path) for path in pool.map(compiled, [emulation / "emulation.cpp", *sources])]
+        objects = [str(path) for path in pool.map(compiled, [*sorted(emulation.glob("*.cpp")), *sources])]
     link = [compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     library = folder / f"{name}-{hashlib.sha256(' '.join(link).encode()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -77,9 +81,28 @@ def emulated(name: str, *sources: Path) -> Path:
     return library
 
 
+@contextmanager
+def _guarded_memory(library: Path) -> Iterator[None]:
+    """Tensors that are made inside lie between guards, which the emulation in that library watches."""
+    guard_memory = ctypes.CDLL(str(library)).guard_memory
+    guard_memory(True)
+    yield
+    guard_memory(False)
+
+
 @pytest.fixture(scope="session")
 def emulate() -> Callable[..., Path]:
     return emulated
+
+
+@pytest.fixture(scope="session")
+def guarded_memory() -> Callable[[Path], Any]:
+    return _guarded_memory
+
+
+@cache
+def emulated_operators() -> Path:
+    return emulated("operators", *sorted(ROOT.glob("csrc/cuda/*.cu")))
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +112,7 @@ def cuda_kernels() -> Any:
         if not _extension.has_cuda:
             pytest.fail(f"a machine with a GPU must test the CUDA kernels: {_extension.why_not_cuda}")
     else:
-        torch.ops.load_library(str(emulated("operators", *sorted(ROOT.glob("csrc/cuda/*.cu")))))
+        torch.ops.load_library(str(emulated_operators()))
     return torch.ops.adakernels_cuda
 
 
@@ -153,4 +176,6 @@ class Kernels:
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """Runs the test on the CUDA and on the Triton kernels, where no call may wait for the GPU."""
     namespace = request.getfixturevalue(f"{request.param}_kernels")
-    yield Kernels(request.param, "cuda" if HAS_GPU else "cpu", namespace)
+    emulation = request.param == "cuda" and not HAS_GPU
+    with _guarded_memory(emulated_operators()) if emulation else nullcontext():
+        yield Kernels(request.param, "cuda" if HAS_GPU else "cpu", namespace)

@@ -17,7 +17,7 @@ from adakernels.ops import gated_conv2d, temporal_fuse
 
 _Pair: TypeAlias = int | tuple[int, int]
 
-_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "relu": F.relu_,
     "relu6": lambda x: F.relu6(x, inplace=True),
@@ -73,8 +73,8 @@ class GatedConv2d(nn.Conv2d):
             device,
             dtype,
         )
-        if activation not in _ACTIVATIONS:
-            names = ", ".join(repr(name) for name in _ACTIVATIONS)
+        if activation not in ACTIVATIONS:
+            names = ", ".join(repr(name) for name in ACTIVATIONS)
             raise ValueError(f"GatedConv2d: expected activation to be one of {names}, got {activation!r}")
         if not (norm is None or isinstance(norm, nn.Module)):
             norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
@@ -157,7 +157,7 @@ def conv_norm_act(
         weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
         return _conv_act(conv, weight, bias, activation, input, policy, frames, in_policy)
     output = norm(_conv_act(conv, conv.weight, conv.bias, None, input, None, frames, in_policy))
-    output = _ACTIVATIONS[activation](output)
+    output = ACTIVATIONS[activation](output)
     return output if policy is None else temporal_fuse(output, policy, frames=frames)
 
 
@@ -178,7 +178,7 @@ def _conv_act(
         output = conv._conv_forward(input, weight, bias)
         if flops.counting:
             flops.record_dense("conv2d", output, math.prod(weight.shape[1:]))
-        return _ACTIVATIONS[activation](output)
+        return ACTIVATIONS[activation](output)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

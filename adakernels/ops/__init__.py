@@ -11,6 +11,7 @@ from adakernels.ops.gated_conv2d import gated_conv2d, gated_conv2d_flops, gated_
 from adakernels.ops.patch_gather import patch_gather, patch_gather_reference
 from adakernels.ops.policy import Policy, needed_channels
 from adakernels.ops.sliced_conv3d import sliced_conv3d, sliced_conv3d_flops, sliced_conv3d_reference
+from adakernels.ops.slim_conv import slim_conv2d, slim_conv3d, slim_conv_reference
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "sliced_conv3d",
     "sliced_conv3d_flops",
     "sliced_conv3d_reference",
+    "slim_conv2d",
+    "slim_conv3d",
+    "slim_conv_reference",
     "temporal_fuse",
     "temporal_fuse_reference",
 ]

@@ -18,6 +18,9 @@ _cuda_library = Library("adakernels_cuda", "DEF")
 gpu_operators: dict[str, Sequence[str]] = {}
 """The operators that have GPU kernels, and the backends of these."""
 
+# What the CUDA kernels have been told.
+_multiplies_exactly = True
+
 _flop_formulas: dict[Any, Callable[..., int]] = {}
 
 
@@ -40,6 +43,7 @@ def _gpu_entry(name: str, kernels: Sequence[str] = backends.ON_GPU) -> Callable[
 
     def entry(*args: Any) -> Any:
         if backends.gpu_backend(kernels) == "cuda":
+            _hand_over_precision()
             return compiled(*args)
         # Imports Triton, which takes a while.
         from adakernels import triton
@@ -48,6 +52,15 @@ def _gpu_entry(name: str, kernels: Sequence[str] = backends.ON_GPU) -> Callable[
             return getattr(triton, name)(*args)
 
     return entry
+
+
+def _hand_over_precision() -> None:
+    """Tell the CUDA kernels how torch is to multiply float32, which its stable interface does not tell them."""
+    global _multiplies_exactly
+    exactly = torch.get_float32_matmul_precision() == "highest"
+    if exactly != _multiplies_exactly:
+        torch.ops.adakernels_cuda.multiply_exactly(exactly)
+        _multiplies_exactly = exactly
 
 
 def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:

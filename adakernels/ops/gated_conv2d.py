@@ -39,7 +39,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-run_on_gpu("gated_conv2d", "gated_conv2d_backward", kernels=("triton",))
+run_on_gpu("gated_conv2d", "gated_conv2d_backward")
 
 
 def gated_conv2d_reference(
@@ -209,6 +209,13 @@ def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool
     return _has_groups("cpu", input, groups, raise_error)
 
 
+def can_run_cuda(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the CUDA kernels can run a call on such tensors."""
+    if not backends.can_run_cuda("gated_conv2d", input[2], input[1], raise_error=raise_error):
+        return False
+    return _has_groups("cuda", input, groups, raise_error)
+
+
 def can_run_triton(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
     """Whether the Triton kernels can run a call on such tensors."""
     if not backends.can_run_triton("gated_conv2d", input[2], input[1], raise_error=raise_error):
@@ -227,7 +234,7 @@ def _predicates(
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
     return {
-        "cuda": partial(backends.has_no_kernel, "gated_conv2d", "cuda"),
+        "cuda": partial(can_run_cuda, input, groups),
         "triton": partial(can_run_triton, input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }

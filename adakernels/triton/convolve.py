@@ -202,7 +202,9 @@ def convolve_depthwise(
         return
     chosen = configuration("depthwise", format_name(input))
     *_, height, width = output.shape
-    blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(output.shape[1], chosen["b_channel"])
+    blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(
+        output.shape[1], chosen["b_channel"]
+    )
     depthwise_kernel[(rows(output) * blocks,)](
         output,
         input,
@@ -238,9 +240,7 @@ def input_gradient(
     if groups == 1:
         convolve(output, grad, weight, None, geometry, domain, TRANSPOSED=True)
     else:
-        convolve_depthwise(
-            output, grad, weight, None, geometry, domain, in_policy=in_policy, TRANSPOSED=True
-        )
+        convolve_depthwise(output, grad, weight, None, geometry, domain, in_policy=in_policy, TRANSPOSED=True)
     return output
 
 

@@ -79,15 +79,24 @@ def dynamic_conv3d_backward(
     none = weight.new_empty(0)
     grads: list[Tensor] = [none] * 7
     of_features = made.feature_gradient(grad_output)
-    of_frames, of_channels = grad_temporal_gate or grad_temporal_weight, grad_channel_gate or grad_channel_weight
+    of_frames, of_channels = (
+        grad_temporal_gate or grad_temporal_weight,
+        grad_channel_gate or grad_channel_weight,
+    )
     if of_frames or of_channels:
         computed = _computed(input, weight, bias, gates, geometry, groups)
         if of_frames:
             both = made.gradients(grad_output, computed, CHANNELS=False)
-            grads[3::2] = (grad if want else none for grad, want in zip(both, (grad_temporal_gate, grad_temporal_weight), strict=True))
+            grads[3::2] = (
+                grad if want else none
+                for grad, want in zip(both, (grad_temporal_gate, grad_temporal_weight), strict=True)
+            )
         if of_channels:
             both = made.gradients(of_features, computed, CHANNELS=True)
-            grads[4::2] = (grad if want else none for grad, want in zip(both, (grad_channel_gate, grad_channel_weight), strict=True))
+            grads[4::2] = (
+                grad if want else none
+                for grad, want in zip(both, (grad_channel_gate, grad_channel_weight), strict=True)
+            )
     grad = made.computed_gradient(of_features)
     domain = geometry.domain(grad, input, gates=gates)
     if grad_input:

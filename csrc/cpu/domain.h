@@ -97,7 +97,7 @@ void lay_out_taps(Convolution& conv);
 bool reads_in_place(const Convolution& conv);
 
 // Whether the rows of the map are so short that points are better gathered one after the other for every tap, which
-// takes as many rows of weights to pay.
+// takes as many rows of weights to pay, and a source without its padding is no larger than the grid.
 bool gathers_points(const Convolution& conv, const Unit& unit);
 
 // Where the weights of a live route lie in a row.

@@ -26,6 +26,13 @@ class Stream {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  int multiprocessors() const {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
+
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
               const Arguments&... arguments) const {

@@ -344,13 +344,6 @@ Constants constants_of(const Tensor& origin, const std::optional<Tensor>& frame_
           bytes ? 255.f : 1.f};
 }
 
-Tensor empty_in_format(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype,
-                       bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 // Calls run(T(), Out()) with the types of an input's and an output's elements.
 template <typename Run>
 void for_pixel_type(const Tensor& input, const Run& run) {

@@ -1,4 +1,6 @@
 // temporal_fuse for CUDA: every plane is a weighted sum of its frame's and a neighbouring frame's plane.
+#include "cuda/temporal_fuse.cuh"
+
 #include <algorithm>
 #include <tuple>
 
@@ -304,6 +306,13 @@ std::tuple<Tensor, Tensor> temporal_fuse_backward(const Tensor& grad_output,  //
 }
 
 }  // namespace
+
+Tensor computed_gradient(const Tensor& grad, const std::optional<Tensor>& policy, int64_t frames) {
+  if (!policy) return grad;
+  Tensor routed = torch::stable::empty_like(grad);
+  mix(routed, grad, *policy, clip_of(grad, frames), 1);
+  return routed;
+}
 
 ADAKERNELS_CUDA_OPERATORS(m) {
   m.impl("temporal_fuse", TORCH_BOX(&temporal_fuse));

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
@@ -52,14 +54,27 @@ inline bool is_channels_last(const Tensor& tensor, const char* name) {
   return true;
 }
 
-// Whether 16-byte accesses can begin at the tensor's data.
-inline bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
+// Whether accesses of so many bytes can begin at the tensor's data.
+inline bool is_aligned(const Tensor& tensor, size_t bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+// Uninitialised, on the device of `like`. sizes: [N, C, H, W]
+inline Tensor empty_in_format(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                              bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 template <typename T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
 }
 
 template <typename T>

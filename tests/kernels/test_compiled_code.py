@@ -24,6 +24,15 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # Instructions that the code of a kernel must contain, by a pattern of "file: kernel" and by target.
 INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "matmul_kernel": dict.fromkeys((80, 90), ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS")),
+    r"weight_gradient_kernel.*(Half|BFloat16)": dict.fromkeys(
+        (80, 90), ("HMMA.16816.F32", "LDSM.16", "LDGSTS")
+    ),
+    r"^convolution.*(Half|BFloat16).*convolution_kernel": {
+        80: ("HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"),
+        90: ("HGMMA.64x", "LDGSTS.E.BYPASS.128"),
+    },
+    r"^convolution.*convolution_kernelIf\S*Lb0ELb0E": {80: ("HMMA.1688.F32.TF32",), 90: ("HGMMA.64x",)},
+    r"^convolution.*convolution_kernelIf\S*Lb1ELb0E": dict.fromkeys((80, 90), ("FFMA", "LDGSTS")),
     r"gated_conv2d.*(float16|tf32).*: convolution": {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)},
 }
 CUDA_SOURCES = {path.name: path for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")}

@@ -1,8 +1,9 @@
-"""gated_conv2d on the Triton kernels, against the reference."""
+"""gated_conv2d on the CUDA and on the Triton kernels, against the reference."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,6 @@ from torch import Tensor
 from adakernels.ops import gated_conv2d_reference
 from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops.policy import needed_channels
-
-pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ DEPTHWISE = {
     "5x5": Case(1, 3, 6, 6, (7, 5), (5, 5), padding=(2, 2), groups=6, activation="silu"),
     "stride 2, two outputs each": Case(2, 2, 5, 10, (8, 9), stride=(2, 2), groups=5),
     "two blocks, dilated": Case(1, 2, 70, 70, (6, 9), padding=(2, 1), dilation=(2, 1), groups=70, bias=False),
+    "3x3, stride 2": Case(1, 2, 8, 8, (10, 9), stride=(2, 2), groups=8, activation="relu6"),
+    "5x5, stride 2": Case(1, 2, 6, 6, (9, 12), (5, 5), (2, 2), (2, 2), groups=6),
+    "3x3, odd": Case(1, 3, 5, 5, (6, 11), groups=5, activation="relu"),
     "no frames": Case(0, 1, 4, 4, (3, 3), groups=4),
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -194,19 +196,29 @@ def test_arguments_that_are_not_dense(kernels: Any) -> None:
     assert torch.equal(run(kernels, case, shifted, weight, bias, policy, None), want)
 
 
+def domain_lists(kernels: Any, policy: Tensor | None, in_policy: Tensor | None) -> Sequence[Tensor | None]:
+    if kernels.name == "triton":
+        from adakernels.triton.domain import build_domain
+
+        return build_domain(policy, in_policy, frames=3)[:4]
+    lists = kernels.domain(policy, in_policy, 3)
+    return [
+        *((None,) * 2 if policy is None else lists[:2]),
+        *((None,) * 2 if in_policy is None else lists[2:]),
+    ]
+
+
 @pytest.mark.parametrize("channels", [1, 7, 64, 1500])
 def test_domain(kernels: Any, channels: int) -> None:
-    from adakernels.triton.domain import build_domain
-
     generator = torch.Generator().manual_seed(channels)
     policy = torch.randint(0, 3, (6, channels), generator=generator).to(kernels.device)
     in_policy = torch.randint(0, 3, (6, 2 * channels), generator=generator).to(kernels.device)
     policy[3], in_policy[3] = 2, 2
     for given in ((policy, in_policy), (policy, None), (None, in_policy)):
-        domain = build_domain(*given, frames=3)
+        lists = domain_lists(kernels, *given)
         for wanted, found, count in (
-            (needed_channels(policy, 3), domain.outputs, domain.output_count),
-            (in_policy != 2, domain.inputs, domain.input_count),
+            (needed_channels(policy, 3), *lists[:2]),
+            (in_policy != 2, *lists[2:]),
         ):
             if found is None or count is None:
                 continue
@@ -214,7 +226,6 @@ def test_domain(kernels: Any, channels: int) -> None:
             assert torch.equal(found.sort(1).values, torch.arange(wanted.shape[1]).to(found).expand_as(found))
             for row, chosen, number in zip(found.tolist(), wanted, count.tolist(), strict=True):
                 assert row[:number] == chosen.nonzero().flatten().tolist()
-    assert build_domain(None, None, 1) == (None,) * 5
 
 
 def gradients(
@@ -280,8 +291,55 @@ def test_gradients_agree_in_every_bit(kernels: Any, groups: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_frames_that_share_a_sum(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["adakernels.triton.convolve"], "PROGRAMS", 1)
     for case in (Case(1, 3, 5, 70, (3, 2)), Case(1, 3, 6, 6, (3, 2), groups=6)):
         for gates in ("o", "i"):
             check_gradients(kernels, case, gates, torch.float32, torch.channels_last)
+
+
+ON_CUDA = pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+
+
+@ON_CUDA
+@pytest.mark.parametrize("gates", ["", "o", "i", "oi"])
+def test_sums_of_several_blocks(kernels: Any, gates: str) -> None:
+    """Pixels are split among blocks, also within a frame, and frames run on where nothing is listed."""
+    for case in (Case(1, 3, 9, 70, (13, 12)), Case(2, 2, 6, 6, (9, 14), groups=6)):
+        check_gradients(kernels, case, gates, torch.float32, torch.channels_last)
+
+
+@ON_CUDA
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_bfloat16(kernels: Any, case: Case, format: torch.memory_format) -> None:
+    for gates in ("", "oi"):
+        check(kernels, case, gates, torch.bfloat16, format)
+        check_gradients(kernels, case, gates, torch.bfloat16, format)
+
+
+@pytest.fixture
+def tf32(kernels: Any) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    kernels.multiply_exactly(False)
+    yield
+    kernels.multiply_exactly(True)
+    torch.set_float32_matmul_precision(before)
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
+def test_tf32(kernels: Any, case: Case) -> None:
+    case = replace(case, activation=None)
+    for gates in ("", "oi"):
+        input, weight, bias, *policies = make(case, gates, torch.float32, torch.channels_last, kernels.device)
+        output = run(kernels, case, input, weight, bias, *policies)
+        found, exact = gradients(kernels, case, gates, torch.float32, torch.channels_last)
+        wanted = (expected(case, input, weight, bias, policies), *exact)
+        for mine, want in zip((output, *found), wanted, strict=True):
+            # Factors of 11 bits: an error of 2^-11 each, in sums that mostly even out.
+            largest = want.abs().max().item() if want.numel() > 0 else 0
+            torch.testing.assert_close(mine.double(), want, rtol=0, atol=2**-10 * largest)

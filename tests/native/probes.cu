@@ -63,6 +63,10 @@ __global__ void wrong_mask_kernel(float* to) { to[threadIdx.x] = __shfl_sync(0x1
 
 __global__ void unaligned_kernel(float* to) { store_vector(to + 1, Vector<float, 4>{}); }
 
+__global__ void read_at_kernel(float* to, const float* from, int64_t index) { to[threadIdx.x] = from[index]; }
+
+__global__ void write_at_kernel(float* to, int64_t index) { to[index] = 1.f; }
+
 __global__ void unwritten_kernel(float* to) { to[threadIdx.x] = reinterpret_cast<float*>(shared_memory())[0]; }
 
 // [16, 16] times the transpose of [8, 16], of which a warp copies the second half of the columns in a second group.
@@ -123,13 +127,26 @@ Tensor probe(const Tensor& like, std::string name) {
 
 }  // namespace
 
+// Reads or writes a number of a buffer that may not have it.
+Tensor access(const Tensor& buffer, int64_t index, bool write) {
+  Tensor to = torch::stable::new_empty(buffer, {1}), target = buffer;
+  const Stream stream(buffer);
+  if (write)
+    stream.launch(&write_at_kernel, 1, 1, 0, mutable_data<float>(target), index);
+  else
+    stream.launch(&read_at_kernel, 1, 1, 0, mutable_data<float>(to), data<float>(buffer), index);
+  return to;
+}
+
 STABLE_TORCH_LIBRARY(adakernels_probes, m) {
+  m.def("access(Tensor buffer, int index, bool write) -> Tensor");
   m.def("probe(Tensor like, str name) -> Tensor");
   m.def("matmul(Tensor a, Tensor b, bool wait) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adakernels_probes, CPU, m) {
   m.impl("probe", TORCH_BOX(&probe));
+  m.impl("access", TORCH_BOX(&access));
   m.impl("matmul", TORCH_BOX(&matmul));
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +63,31 @@ def test_faults_are_errors(probe: Probe, name: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         probe(name)
     assert (probe("phases") == 64).all()
+
+
+@pytest.fixture
+def guarded(emulate: Callable[..., Path], guarded_memory: Callable[..., Any]) -> Iterator[None]:
+    with guarded_memory(emulate("probes", Path(__file__).with_name("probes.cu"))):
+        yield
+
+
+@pytest.mark.usefixtures("probe", "guarded")
+@pytest.mark.parametrize("size", [1, 3, 4, 1024, 5001])
+def test_accesses_outside_of_a_buffer(size: int) -> None:
+    access = torch.ops.adakernels_probes.access
+    buffer = torch.arange(float(size))
+    assert access(buffer, size - 1, False) == size - 1
+    access(buffer, 0, True)
+    behind = (size + 3) // 4 * 4
+    for index, where in ((behind, "behind"), (-1028, "before")):
+        for write in (False, True):
+            with pytest.raises(
+                RuntimeError, match=rf"bad access \d+ bytes {where} a buffer of {4 * size} bytes"
+            ):
+                access(buffer, index, write)
+    # Nearer than a guard page what is written is found, and what is read is NaN.
+    for index, where in ((-1, "before"), *([(size, "behind")] if size < behind else [])):
+        with pytest.raises(RuntimeError, match=f"wrote {where} a buffer of {4 * size} bytes"):
+            access(buffer, index, True)
+        assert access(buffer, index, False).isnan()
+    assert access(buffer, 0, False) == 1

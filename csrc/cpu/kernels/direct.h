@@ -160,42 +160,64 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
 }
 
 // Few grid points: each tap's are gathered, so that vectors are full and nothing is computed only to be dropped.
+// Where a phase of a channel lies row by row at the width of the grid, all of a tap's points are its plane from some
+// offset on, but for those outside the source, which masks clear.
 // Live channels are taken a few at a time, whose gathered points the second-level cache holds for all rows.
 inline void convolve_gathered(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
-  const int64_t grid_height = tile.y_end - tile.y_begin, grid_width = tile.x_end - tile.x_begin;
-  const int64_t point_count = grid_height * grid_width, tap_count = int64_t(conv.taps.size());
-  const int64_t phase_count = int64_t(conv.phases.size());
-  const int64_t width = grid_width + conv.shift_x, height = grid_height + conv.shift_y, plane = width * height;
+  using Mask = VectorOf<kLanes>::integer;
+  const Planes& planes = conv.source;
+  const int64_t grid_height = conv.grid_height, grid_width = conv.grid_width, point_count = grid_height * grid_width;
+  const int64_t tap_count = int64_t(conv.taps.size()), phase_count = int64_t(conv.phases.size());
   const bool in_order = number_stride(conv) == tap_count && conv.taps[1].weight == 1;
   const int64_t rest = point_count % kLanes;
   const int64_t tail = in_order && point_count > rest && rest <= kMostDots ? rest : 0;
-  const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes;
+  const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes, masked = pitch + tail;
   const int64_t fitting = kSourceBytes / 4 / (tap_count * pitch);
   const int64_t chunk = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, unit.live_count));
   const int64_t row_end = std::min(tile.row_end, unit.row_count), row_room = pitch + kTilePixels;
+  const int64_t margin = (grid_width + 1) * (conv.shift_y + 1), plane = point_count + kTilePixels;
   Layout layout;
   const int64_t windows_at = layout.add<Window>(phase_count);
+  const int64_t offsets_at = layout.add<int64_t>(tap_count);
+  const int64_t masks_at = layout.add<int32_t>(tap_count * masked);
   const int64_t segments_at = layout.add<Segment>(grid_height);
   const int64_t steps_at = layout.add<Step>(chunk * tap_count);
-  const int64_t patch_at = layout.add<float>(phase_count * plane + 2 * kTilePixels);
+  const int64_t copy_at = layout.add<float>(phase_count * plane + 2 * margin);
   const int64_t points_at = layout.add<float>(chunk * tap_count * pitch + kTilePixels);
   const int64_t tails_at = layout.add<float>(tail * live_span(conv, unit.live, unit.live_count) * tap_count);
   const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * row_room);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Window* windows = reinterpret_cast<Window*>(memory + windows_at);
+  int64_t* offsets = reinterpret_cast<int64_t*>(memory + offsets_at);
+  int32_t* masks = reinterpret_cast<int32_t*>(memory + masks_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
-  float* patch = reinterpret_cast<float*>(memory + patch_at);
+  float* copy = reinterpret_cast<float*>(memory + copy_at);
   float* points = reinterpret_cast<float*>(memory + points_at);
   float* tails = reinterpret_cast<float*>(memory + tails_at);
   float* out = reinterpret_cast<float*>(memory + out_at);
-  for (int64_t p = 0; p < phase_count; ++p)
-    windows[p] = window_of(conv.source, tile.y_begin * conv.step_y + conv.phases[size_t(p)].dy,
-                           tile.x_begin * conv.step_x + conv.phases[size_t(p)].dx, height, width, conv.step_y,
-                           conv.step_x);
-  for (int64_t y = 0; y < grid_height; ++y)
-    segments[y] = {y * grid_width, target_offset(conv, tile.y_begin + y, tile.x_begin), grid_width};
-  std::fill_n(patch, phase_count * plane + 2 * kTilePixels, 0.f);
+  std::fill_n(copy, phase_count * plane + 2 * margin, 0.f);
+  copy += margin;
+  for (int64_t p = 0; p < phase_count; ++p) windows[p] = inner_window(conv, conv.phases[size_t(p)]);
+  int64_t lowest = 0, highest = 0;
+  for (int64_t t = 0; t < tap_count; ++t) {
+    const Tap& tap = conv.taps[size_t(t)];
+    const Window& window = windows[tap.phase];
+    const Phase& phase = conv.phases[size_t(tap.phase)];
+    const int64_t up = tap.shift_y - (window.y - phase.dy) / conv.step_y;
+    const int64_t left = tap.shift_x - (window.x - phase.dx) / conv.step_x;
+    offsets[t] = up * grid_width + left;
+    lowest = std::min(lowest, offsets[t]);
+    highest = std::max(highest, offsets[t]);
+    for (int64_t i = 0; i < masked; ++i) {
+      const int64_t y = i / grid_width + up, x = i % grid_width + left;
+      masks[t * masked + i] = i < point_count && y >= 0 && y < window.height && x >= 0 && x < window.end ? -1 : 0;
+    }
+  }
+  for (int64_t y = 0; y < grid_height; ++y) segments[y] = {y * grid_width, target_offset(conv, y, 0), grid_width};
+  const bool in_place = phase_count == 1 && conv.step_y == 1 && conv.step_x == 1 && planes.scalar == Scalar::f32 &&
+                        planes.column_stride == 1 && planes.row_stride == grid_width && conv.all_live_here;
+  const int64_t first = windows[0].y * planes.row_stride + windows[0].x;
 
   for (int64_t begin = 0; begin == 0 || begin < unit.live_count; begin += chunk) {
     const int64_t live_count = std::min(chunk, unit.live_count - begin), step_count = live_count * tap_count;
@@ -204,23 +226,28 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
     const int64_t span = live_span(conv, live, live_count) * tap_count;
     std::fill_n(tails, tail * span, 0.f);
     for (int64_t i = 0; i < live_count; ++i) {
-      copy_phases(patch, plane, width, conv.source, unit.source_frame, live[i], windows, phase_count);
+      const int64_t at = plane_offset(planes, unit.source_frame, live[i]) + first;
+      const float* source = copy;
+      if (in_place && at + lowest >= 0 && at + highest + masked <= planes.extent)  // whole vectors, too
+        source = static_cast<const float*>(planes.data) + at;
+      else
+        copy_phases(copy, plane, grid_width, planes, unit.source_frame, live[i], windows, phase_count);
       const bool last = begin + i + 1 == unit.live_count;
-      RowsAhead ahead = last ? RowsAhead() : RowsAhead(conv.source, unit.source_frame, live[i + 1], windows[0]);
-      for (int64_t y = 0; y < conv.step_y * height; ++y) ahead.fetch_next();
+      RowsAhead ahead = last ? RowsAhead() : RowsAhead(planes, unit.source_frame, live[i + 1], windows[0]);
+      for (int64_t y = 0; y < conv.step_y * grid_height; ++y) ahead.fetch_next();
       const int64_t weight = live_weight(conv, live[i]) - live_weight(conv, unit.live[0]);
       for (int64_t t = 0; t < tap_count; ++t) {
         const Tap& tap = conv.taps[size_t(t)];
         const int64_t k = i * tap_count + t;
-        const float* from = patch + tap.phase * plane + tap.shift_y * width + tap.shift_x;
+        const float* from = source + tap.phase * plane + offsets[t];
         steps[k] = {int32_t(weight + tap.weight), int32_t(k * pitch)};
-        // In order, because each row is copied by whole vectors, into the next one or the next step.
-        float* to = points + k * pitch;
-        for (int64_t y = 0; y < grid_height; ++y)
-          copy_whole(to + y * grid_width, from + y * width, grid_width);
+        for (int64_t p = 0; p < pitch; p += kLanes) {
+          Mask mask;
+          std::memcpy(&mask, masks + t * masked + p, sizeof(mask));
+          store<kLanes>(points + k * pitch + p, Vector<kLanes>(Mask(load<kLanes>(from + p)) & mask));
+        }
         float* column = tails + (live_number(conv, live[i]) - live_number(conv, live[0])) * tap_count + t;
-        for (int64_t p = 0; p < tail; ++p)
-          column[p * span] = from[(whole + p) / grid_width * width + (whole + p) % grid_width];
+        for (int64_t p = 0; p < tail; ++p) column[p * span] = masks[t * masked + pitch + p] ? from[whole + p] : 0.f;
       }
     }
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {

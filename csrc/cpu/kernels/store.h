@@ -18,9 +18,20 @@ template <typename T>
 inline void store_run(T* to, const float* from, int64_t count, int64_t hop) {
   if constexpr (std::is_same_v<T, float>) {
     if (hop == 1) {
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
-      for (; i < count; ++i) to[i] = from[i];
+      // Whole vectors: the last one overlaps the one before.
+      constexpr int half = kLanes > 4 ? kLanes / 2 : kLanes;
+      const auto copy = [&]<int lanes>(std::integral_constant<int, lanes>) {
+        for (int64_t i = 0; i + lanes < count; i += lanes) store<lanes>(to + i, load<lanes>(from + i));
+        store<lanes>(to + count - lanes, load<lanes>(from + count - lanes));
+      };
+      if (count >= kLanes)
+        copy(std::integral_constant<int, kLanes>());
+      else if (count >= half)
+        copy(std::integral_constant<int, half>());
+      else if (count >= 4)
+        copy(std::integral_constant<int, 4>());
+      else
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
       return;
     }
     for (int64_t i = 0; i < count; ++i) to[i * hop] = from[i];

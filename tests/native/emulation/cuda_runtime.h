@@ -37,9 +37,20 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 void wait_until(const std::function<bool()>& ready);
 
 // What the running thread has begun: put off, made a group with what came before, done but for the last groups.
-void defer(std::function<void()> action);
-void commit_deferred();
-void run_deferred(size_t groups_left);
+// Copies and products wait apart from each other.
+enum class Deferred { copies, products };
+void defer(Deferred what, std::function<void()> action);
+void commit_deferred(Deferred what);
+void run_deferred(Deferred what, size_t groups_left);
+
+// Whether the device has the products of warpgroups: ADAKERNELS_EMULATED_ARCH is 90a, else it is as 80.
+bool has_warpgroups();
+
+// Threads whose writes to shared memory the products may not see yet.
+bool is_shared(const void* address);
+void mark_writes();
+void fence_writes();
+bool all_writes_fenced();
 
 // Throws std::runtime_error, with where the thread is.
 [[noreturn]] void fail(const char* what);
@@ -152,6 +163,12 @@ T __reduce_max_sync(unsigned mask, T value) {
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
+
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 template <typename T>
 T __ldg(const T* from) {

@@ -1,18 +1,23 @@
 #include "cuda_runtime.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <deque>
 #include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
+
+#include "guards.h"
 
 namespace emulation {
 
@@ -30,7 +35,7 @@ struct WarpMeeting {
 };
 
 // Actions that a thread has put off, those of its groups in their order and those of none yet.
-struct Deferred {
+struct Queue {
   std::deque<std::vector<std::function<void()>>> groups;
   std::vector<std::function<void()>> open;
 };
@@ -40,13 +45,16 @@ struct Block {
   bool descending;
   unsigned at_barrier = 0, barrier_round = 0;
   std::map<std::pair<unsigned, unsigned>, WarpMeeting> meetings;  // by warp and mask
-  std::map<unsigned, Deferred> deferred;  // by thread
+  std::map<unsigned, Queue> deferred[2];  // by thread
+  std::set<unsigned> unfenced;            // threads
   std::exception_ptr error;
 };
 
 Block* block;
 const std::function<void()>* kernel;
 unsigned linear_thread;
+bool warpgroups;
+size_t shared_size;
 
 void set_thread(unsigned thread) {
   linear_thread = thread;
@@ -99,6 +107,9 @@ class Fiber {
     ready_ = nullptr;
     resume();
   }
+
+  // Gives up the running thread, from a signal handler.
+  [[noreturn]] static void abandon() { _longjmp(scheduler, 1); }
 
   static Fiber* running;
 
@@ -178,6 +189,30 @@ void run_block(std::vector<std::unique_ptr<Fiber>>& fibers) {
   }
 }
 
+// A bad access of a thread ends the launch with an error instead of the process.
+class BadAccesses {
+ public:
+  BadAccesses() {
+    struct sigaction action = {};
+    action.sa_sigaction = &handle;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &before_);
+  }
+  ~BadAccesses() { sigaction(SIGSEGV, &before_, nullptr); }
+  BadAccesses(const BadAccesses&) = delete;
+
+ private:
+  static void handle(int, siginfo_t* info, void*) {
+    std::ostringstream text;
+    text << "emulation: bad access " << describe(info->si_addr) << ", in thread " << thread_index.x << " of block "
+         << block_index.x;
+    block->error = std::make_exception_ptr(std::runtime_error(text.str()));
+    Fiber::abandon();
+  }
+
+  struct sigaction before_;
+};
+
 // Shared memory of exactly the size asked for, full of NaN, and nothing accessible behind it.
 class SharedMemory {
  public:
@@ -212,10 +247,14 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   static std::vector<std::unique_ptr<Fiber>> fibers;
   if (size.x * size.y * size.z > 1024) throw std::runtime_error("emulation: a block of more than 1024 threads");
   if (shared_bytes > 227 << 10) throw std::runtime_error("emulation: a block with more than 227 KiB of shared memory");
+  const char* arch = std::getenv("ADAKERNELS_EMULATED_ARCH");
+  warpgroups = arch != nullptr && std::strcmp(arch, "90a") == 0;
   SharedMemory memory(shared_bytes);
+  shared_size = shared_bytes;
   grid_size = grid;
   block_size = size;
   kernel = &run;
+  const BadAccesses bad_accesses;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -227,6 +266,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
         block = &own;
         run_block(fibers);
       }
+  check_guards();
 }
 
 void wait_until(const std::function<bool()>& ready) {
@@ -234,19 +274,30 @@ void wait_until(const std::function<bool()>& ready) {
   Fiber::running->wait(ready);
 }
 
-void defer(std::function<void()> action) { block->deferred[linear_thread].open.push_back(std::move(action)); }
+void defer(Deferred what, std::function<void()> action) {
+  block->deferred[int(what)][linear_thread].open.push_back(std::move(action));
+}
 
-void commit_deferred() {
-  Deferred& mine = block->deferred[linear_thread];
+void commit_deferred(Deferred what) {
+  Queue& mine = block->deferred[int(what)][linear_thread];
   mine.groups.push_back(std::move(mine.open));
   mine.open.clear();
 }
 
-void run_deferred(size_t groups_left) {
-  Deferred& mine = block->deferred[linear_thread];
+void run_deferred(Deferred what, size_t groups_left) {
+  Queue& mine = block->deferred[int(what)][linear_thread];
   for (; mine.groups.size() > groups_left; mine.groups.pop_front())
     for (const auto& action : mine.groups.front()) action();
 }
+
+bool has_warpgroups() { return warpgroups; }
+
+bool is_shared(const void* address) {
+  return address >= shared && address < shared + shared_size;
+}
+void mark_writes() { block->unfenced.insert(linear_thread); }
+void fence_writes() { block->unfenced.erase(linear_thread); }
+bool all_writes_fenced() { return block->unfenced.empty(); }
 
 void fail(const char* what) {
   std::ostringstream text;
