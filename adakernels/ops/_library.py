@@ -55,7 +55,7 @@ def _gpu_entry(name: str, kernels: Sequence[str] = backends.ON_GPU) -> Callable[
 
 
 def _hand_over_precision() -> None:
-    """Tell the CUDA kernels how torch is to multiply float32, which its stable interface does not tell them."""
+    """Tell the CUDA kernels how torch is to multiply float32; its stable interface does not tell them."""
     global _multiplies_exactly
     exactly = torch.get_float32_matmul_precision() == "highest"
     if exactly != _multiplies_exactly:
