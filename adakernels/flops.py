@@ -30,6 +30,12 @@ def record(op: str, dense: float, actual: Tensor) -> None:
     _records.append((op, dense, actual))
 
 
+def stretch_last(factor: float) -> None:
+    """Says of the last recorded operator that dense rows are longer than its own by a factor."""
+    op, dense, actual = _records[-1]
+    _records[-1] = (op, dense * factor, actual)
+
+
 def record_dense(op: str, output: Tensor, reduction: int) -> None:
     """Records an operator without policy that sums `reduction` products for each element of `output`."""
     row = float(math.prod(output.shape[1:]) * reduction)

@@ -96,7 +96,7 @@ class AdaFuseResNet(ResNet):
         policies = {}
         features = self.stem(input)
         for name, block in self.blocks():
-            features, policy = block.forward_with_policy(features)
+            features, policy = block.forward_with_policy(features, overwrite=True)
             if policy is not None:
                 policies[name] = policy
         # The classifier is linear: averaging the features averages its logits.

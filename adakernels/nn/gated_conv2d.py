@@ -14,10 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
+from adakernels.ops.conv2d_add import conv2d_add_
 
 _Pair: TypeAlias = int | tuple[int, int]
 
-_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "relu": F.relu_,
     "relu6": lambda x: F.relu6(x, inplace=True),
@@ -73,8 +74,8 @@ class GatedConv2d(nn.Conv2d):
             device,
             dtype,
         )
-        if activation not in _ACTIVATIONS:
-            names = ", ".join(repr(name) for name in _ACTIVATIONS)
+        if activation not in ACTIVATIONS:
+            names = ", ".join(repr(name) for name in ACTIVATIONS)
             raise ValueError(f"GatedConv2d: expected activation to be one of {names}, got {activation!r}")
         if not (norm is None or isinstance(norm, nn.Module)):
             norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
@@ -157,8 +158,37 @@ def conv_norm_act(
         weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
         return _conv_act(conv, weight, bias, activation, input, policy, frames, in_policy)
     output = norm(_conv_act(conv, conv.weight, conv.bias, None, input, None, frames, in_policy))
-    output = _ACTIVATIONS[activation](output)
+    output = ACTIVATIONS[activation](output)
     return output if policy is None else temporal_fuse(output, policy, frames=frames)
+
+
+def conv_norm_add_act(
+    conv: GatedConv2d,
+    norm: nn.Module,
+    activation: str | None,
+    input: Tensor,  # [N, C_in, H, W]
+    residual: Tensor,  # [N, C_out, H', W']
+    *,
+    in_policy: Tensor | None = None,  # [N, C_in]
+    overwrite: bool = False,
+) -> Tensor:
+    """`activation(norm(conv(input)) + residual)`.
+
+    Args:
+        overwrite: `residual` is not needed afterwards, and the result may be written in its place.
+
+    Returns:
+        [N, C_out, H', W'].
+    """
+    if is_foldable(norm) and _can_add_in_place(conv, input, residual):
+        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
+        target = residual if overwrite else residual.clone()
+        padding = cast(tuple[int, int], conv.padding)
+        return conv2d_add_(
+            target, input, weight, bias, in_policy, conv.stride, padding, conv.dilation, activation
+        )
+    output = conv_norm_act(conv, norm, None, input, in_policy=in_policy)
+    return _ACTIVATIONS[activation](output.add_(residual))
 
 
 def _conv_act(
@@ -178,7 +208,7 @@ def _conv_act(
         output = conv._conv_forward(input, weight, bias)
         if flops.counting:
             flops.record_dense("conv2d", output, math.prod(weight.shape[1:]))
-        return _ACTIVATIONS[activation](output)
+        return ACTIVATIONS[activation](output)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -206,13 +236,38 @@ def _outruns_torch(
 
     oneDNN brings planar tensors to a layout of its own: for large 1x1 maps, more work than the convolution.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or input.dim() != 4:
-        return False
-    pixels = math.prod(input.shape[2:]) // math.prod(conv.stride)
     return (
         conv.kernel_size == (1, 1)
+        and math.prod(input.shape[2:]) // math.prod(conv.stride) >= 28 * 28
+        and _suits_kernel(conv, input)
+    )
+
+
+def _can_add_in_place(
+    conv: GatedConv2d,
+    input: Tensor,  # [N, C_in, H, W]
+    residual: Tensor,  # [N, C_out, H', W']
+) -> bool:
+    # Sums cost another pass elsewhere, which makes the package's kernel the faster one for all sizes.
+    return (
+        conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and residual.dtype == input.dtype
+        and residual.is_contiguous()
+        and _suits_kernel(conv, input)
+    )
+
+
+def _suits_kernel(
+    conv: GatedConv2d,
+    input: Tensor,  # [N, C_in, H, W]
+) -> bool:
+    """Whether the package's kernel for the CPU may run a plain convolution, in a format that suits it."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and input.dim() == 4
         and conv.groups == 1
-        and pixels >= 28 * 28
         and input.dtype == conv.weight.dtype == torch.float32
         and input.is_contiguous()
         and not torch.is_autocast_enabled("cpu")

@@ -66,12 +66,16 @@ def check_shape(op: str, name: str, shape: torch.Size, expected: Sequence[int], 
 def check_float(op: str, name: str, dtype: torch.dtype) -> None:
     check_type(
         dtype in FLOATS,
-        lambda: f"{op}: expected {name} of dtype float32, float64, float16 or bfloat16, got {_name(dtype)}",
+        lambda: (
+            f"{op}: expected {name} of dtype float32, float64, float16 or bfloat16, got {dtype_name(dtype)}"
+        ),
     )
 
 
 def check_integer(op: str, name: str, dtype: torch.dtype) -> None:
-    check_type(dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {_name(dtype)}")
+    check_type(
+        dtype in INTEGERS, lambda: f"{op}: expected {name} of an integer dtype, got {dtype_name(dtype)}"
+    )
 
 
 def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts, dtype: bool = True) -> None:
@@ -83,7 +87,8 @@ def check_same(op: str, name: str, tensor: Facts, other_name: str, other: Facts,
     check_type(
         not dtype or tensor[1] == other[1],
         lambda: (
-            f"{op}: expected {name} of the dtype of {other_name}, {_name(other[1])}, got {_name(tensor[1])}"
+            f"{op}: expected {name} of the dtype of {other_name}, {dtype_name(other[1])}, "
+            f"got {dtype_name(tensor[1])}"
         ),
     )
 
@@ -141,6 +146,34 @@ def checked_range(values: Tensor, end: int, sentence: str) -> Tensor:
     return torch.ops.adakernels.checked_range.default(values, end, sentence)
 
 
+# The same for weights that must not be negative.
+library.define("checked_weights(Tensor values, str sentence) -> Tensor")
+
+
+@torch.library.impl(library, "checked_weights", "CompositeExplicitAutograd")
+def _checked_weights(values: Tensor, sentence: str) -> Tensor:
+    readable = values.device.type == "cpu" or debugging()
+    if readable and values.numel() > 0:
+        wrong = values[~(values >= 0)]
+        check_value(wrong.numel() == 0, lambda: f"{sentence}, got {wrong[0].item():g}")
+    return values.clone()
+
+
+@torch.library.register_fake("adakernels::checked_weights", lib=library)
+def _checked_weights_fake(values: Tensor, sentence: str) -> Tensor:
+    return torch.empty_like(values)
+
+
+torch.library.register_autograd("adakernels::checked_weights", lambda ctx, grad: (grad, None), lib=library)
+
+
+def checked_weights(values: Tensor, op: str, name: str) -> Tensor:
+    """A copy of weights that must not be negative, nor NaN: looked at on the CPU always, elsewhere with
+    `ADAKERNELS_DEBUG=1`."""
+    sentence = f"{op}: expected {name} of non-negative weights"
+    return torch.ops.adakernels.checked_weights.default(values, sentence)
+
+
 def check_frames(op: str, frames: Any, batch: int) -> None:
     """`frames` is the clip length T: an int of at least 1 that divides the batch."""
     check_type(
@@ -184,5 +217,6 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts
 from adakernels.ops._layout import empty_in_format
@@ -54,15 +56,8 @@ def conv_arguments(
         ValueError, TypeError: a sentence that names the operator, the argument, what it should be and what
             it is.
     """
-    image, kernel = _SPATIAL[rank]
-    _checks.check_float(op, "input", input[1])
-    _checks.check_rank(op, "input", input[0], f"N, C_in, {image}" if rank == 2 else f"B, C_in, {image}")
-    _checks.check_rank(op, "weight", weight[0], f"C_out, C_in/groups, {kernel}")
-    _checks.check_same(op, "weight", weight, "input", input)
-    _checks.check_value(
-        all(size >= 1 for size in weight[0]),
-        lambda: f"{op}: expected weight without empty dimensions, got shape {list(weight[0])}",
-    )
+    _, kernel = _SPATIAL[rank]
+    check_operands(op, input, weight, rank)
     groups = _checks.integer(op, "groups", groups, 1)
     channels, out_channels = input[0][1], weight[0][0]
     _checks.check_value(
@@ -101,30 +96,89 @@ def conv_arguments(
     return ConvArguments(strides, paddings, dilations, groups, pad, ACTIVATIONS.index(activation), output)
 
 
+def check_operands(op: str, input: Facts, weight: Facts, rank: int) -> None:
+    """Check a convolution's input and weight as far as each can be wrong for itself."""
+    image, kernel = _SPATIAL[rank]
+    _checks.check_float(op, "input", input[1])
+    _checks.check_rank(op, "input", input[0], f"N, C_in, {image}" if rank == 2 else f"B, C_in, {image}")
+    _checks.check_rank(op, "weight", weight[0], f"C_out, C_in/groups, {kernel}")
+    _checks.check_same(op, "weight", weight, "input", input)
+    _checks.check_value(
+        all(size >= 1 for size in weight[0]),
+        lambda: f"{op}: expected weight without empty dimensions, got shape {list(weight[0])}",
+    )
+
+
+def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can run a convolution on such tensors."""
+    if not backends.can_run_triton(op, input[2], input[1], raise_error=raise_error):
+        return False
+    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
+    return groups in (1, input[0][1]) or backends.refuse(op, "triton", reason, raise_error)
+
+
 def empty_output(
     input: Tensor,  # [N, C_in, ...]
     weight: Tensor,  # [C_out, C_in/groups, ...]
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    out_channels: int | None = None,
 ) -> Tensor:  # [N, C_out, ...]
-    """What a convolution's output is before it is filled: of the input's dtype and memory format."""
+    """What a convolution's output is before it is filled: of the input's dtype and memory format.
+
+    `out_channels` stands for C_out where it is given.
+    """
     size = [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     ]
-    return empty_in_format(input, (input.shape[0], weight.shape[0], *size))
+    channels = weight.shape[0] if out_channels is None else out_channels
+    return empty_in_format(input, (input.shape[0], channels, *size))
 
 
-def activate(input: Tensor, activation: str | None) -> Tensor:
+def activate(input: Tensor, activation: str | None, inplace: bool = False) -> Tensor:
     """Apply an activation by name."""
     if activation == "relu":
-        return F.relu(input)
+        return F.relu(input, inplace)
     if activation == "relu6":
-        return F.relu6(input)
+        return F.relu6(input, inplace)
     if activation == "silu":
-        return F.silu(input)
+        return F.silu(input, inplace)
     return input
+
+
+def before_activation(
+    grad: Tensor,  # [N, C_out, ...]
+    activation: str | None,
+    output: Tensor | None,  # [N, C_out, ...]
+    linear: Callable[[], Tensor],
+) -> Tensor:  # [N, C_out, ...]
+    """The gradient of an activation's argument, from its result `output` or, for "silu", from `linear()`."""
+    result: Tensor = grad
+    if activation == "relu":
+        result = torch.ops.aten.threshold_backward(grad, output, 0)
+    elif activation == "relu6":
+        result = torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
+    elif activation == "silu":
+        result = torch.ops.aten.silu_backward(grad, linear())
+    return result
+
+
+def autocast(device: torch.device, *arguments: Any) -> tuple[Any, ...]:
+    """The arguments in autocast's dtype, where that is on, as it does for torch's convolutions."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return arguments
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(argument: Any) -> Any:
+        # What is no tensor is refused later.
+        if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
+            return argument.to(dtype)
+        return argument
+
+    return tuple(map(cast, arguments))
 
 
 def _padding(

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
     """Channels last where the tensor is that and not contiguous too, else contiguous."""
-    if not input.is_contiguous() and input.is_contiguous(memory_format=_CHANNELS_LAST[input.dim()]):
-        return _CHANNELS_LAST[input.dim()]
+    if not input.is_contiguous() and input.is_contiguous(memory_format=CHANNELS_LAST[input.dim()]):
+        return CHANNELS_LAST[input.dim()]
     return torch.contiguous_format
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from adakernels import backends, flops
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts, optional_facts
-from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments, empty_output
+from adakernels.ops._conv_arguments import (
+    ACTIVATIONS,
+    ConvArguments,
+    activate,
+    autocast,
+    before_activation,
+    conv_arguments,
+    empty_output,
+)
 from adakernels.ops._layout import dense, empty_in_format
 from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
@@ -103,17 +111,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    # Activations map 0 to 0, so activating before the mixing is the same as activating the mixed features.
     input, weight, bias, policy, in_policy, output = ctx.saved_tensors
-    if ctx.activation == "relu":
-        grad_output = torch.ops.aten.threshold_backward(grad_output, output, 0)
-    elif ctx.activation == "relu6":
-        grad_output = torch.ops.aten.hardtanh_backward(grad_output, output, 0, 6)
-    elif ctx.activation == "silu":
-        linear = torch.ops.adakernels.gated_conv2d.default(
-            input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, ACTIVATIONS.index(None)
-        )
-        grad_output = torch.ops.aten.silu_backward(grad_output, linear)
+
+    def linear() -> Tensor:
+        none = ACTIVATIONS.index(None)
+        op = torch.ops.adakernels.gated_conv2d.default
+        result: Tensor = op(input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, none)
+        return result
+
+    # Activations map 0 to 0, so activating before the mixing is the same as activating the mixed features.
+    grad_output = before_activation(grad_output, ctx.activation, output, linear)
     wanted = ctx.needs_input_grad[:3]
     grads = torch.ops.adakernels.gated_conv2d_backward.default(
         dense(grad_output, like=input), input, weight, policy, in_policy, ctx.frames, *ctx.conv, *wanted
@@ -319,10 +326,7 @@ def gated_conv2d(
         ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or a policy value
             outside 0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
-    device = facts("gated_conv2d", "input", input)[2].type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight, bias = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    input, weight, bias = autocast(facts("gated_conv2d", "input", input)[2], input, weight, bias)
     backend, conv = _plan(
         backends.requested_backend(),
         facts("gated_conv2d", "input", input),
@@ -397,13 +401,6 @@ def _run(
         *conv[:4],
         conv.activation,
     )
-
-
-def _cast(argument: Any, dtype: torch.dtype) -> Any:
-    # As autocast does for torch's convolutions; what is no tensor is refused later.
-    if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
-        return argument.to(dtype)
-    return argument
 
 
 @backends.explains(gated_conv2d)

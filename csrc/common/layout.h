@@ -14,12 +14,15 @@ inline bool has_format(const torch::stable::Tensor& tensor, bool channels_last) 
   if (!channels_last) return tensor.is_contiguous();
   const int64_t rank = tensor.dim();
   int64_t expected = 1;
-  for (int64_t i = 0; i < rank; ++i) {
-    const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+  const auto follows = [&](int64_t d) {
+    const bool at_expected = tensor.size(d) == 1 || tensor.stride(d) == expected;
     expected *= tensor.size(d);
-  }
-  return true;
+    return at_expected;
+  };
+  if (!follows(1)) return false;
+  for (int64_t d = tensor.dim() - 1; d > 1; --d)
+    if (!follows(d)) return false;
+  return follows(0);
 }
 
 // Where the numbers of features are: frames [N, C, H, W], or those of clips [B, C, T, H, W] one after the other.

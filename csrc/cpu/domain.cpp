@@ -49,12 +49,18 @@ bool reads_in_place(const Convolution& conv) {
 
 bool gathers_points(const Convolution& conv, const Unit& unit) {
   constexpr int64_t kShortRow = 16, kMostPoints = 256, kFewestRows = 16;
+  const auto fits = [](int64_t offset, int64_t step, int64_t size, int64_t points) {
+    return size - (offset < 0 ? floor_mod(offset, step) : offset) <= points * step;
+  };
   return conv.taps.size() > 1 && conv.grid_width < kShortRow && conv.grid_height * conv.grid_width <= kMostPoints &&
-         unit.row_count >= kFewestRows;
+         unit.row_count >= kFewestRows && std::ranges::all_of(conv.phases, [&](const Phase& phase) {
+           return fits(phase.dy, conv.step_y, conv.source.height, conv.grid_height) &&
+                  fits(phase.dx, conv.step_x, conv.source.width, conv.grid_width);
+         });
 }
 
-int64_t channel_span(const Route* routes, int64_t count) {
-  return count == 0 ? 0 : routes[count - 1].channel - routes[0].channel + 1;
+int64_t live_span(const Convolution& conv, const Route* live, int64_t count) {
+  return count == 0 ? 0 : live_number(conv, live[count - 1]) - live_number(conv, live[0]) + 1;
 }
 
 }  // namespace adakernels

@@ -18,14 +18,23 @@ struct Planes {
   int64_t extent;  // elements from `data` to behind the last one
   int64_t height, width;
   int64_t frame_stride, channel_stride, row_stride, column_stride;
+  int64_t tap_stride = 0;  // from a channel's plane to the one that the next temporal tap of a kernel reads
 };
 
 // A channel of frame t and where its plane lives: in frame t, in frame t+1 (its history), or in both.
 // Reading sums the planes it names; writing stores to each of them.
+// To a 3D convolution a source channel is one at a temporal tap, whose plane lies so many frames further on: taps that
+// fall outside of a clip are not on the list.
 struct Route {
   int32_t channel;
   bool here, next;
+  int16_t tap = 0;
 };
+
+// Elements from a stack's data to the plane of a route from some frame.
+inline int64_t plane_offset(const Planes& planes, int64_t frame, const Route& route) {
+  return frame * planes.frame_stride + route.channel * planes.channel_stride + route.tap * planes.tap_stride;
+}
 
 // One kernel tap: its offset in the source and in a weight row. By phases: tap (dy, dx) reads, for grid point (y, x),
 // element (y + shift_y, x + shift_x) of the source taken every step pixels from the phase's first one.
@@ -42,12 +51,13 @@ struct Phase {
 
 // What is visited for one frame and one group of channels.
 struct Unit {
-  int64_t frame;
-  const Route* rows;  // target channels to compute
-  int64_t row_count;
-  const Route* live;  // source channels to read
-  int64_t live_count;
-  int64_t weight_offset;
+  int64_t frame = 0;            // of the target
+  int64_t source_frame = 0;     // where live routes count from: that of temporal tap 0, maybe before the clip
+  const Route* rows = nullptr;  // target channels to compute
+  int64_t row_count = 0;
+  const Route* live = nullptr;  // source channels to read
+  int64_t live_count = 0;
+  int64_t weight_offset = 0;
 };
 
 // Transformed 3x3 kernels: point p of row r and channel c at [r * row_stride + p * point_stride + c].
@@ -62,17 +72,20 @@ struct WinogradWeights {
 // Forward, data gradient and its stride phases are all of this form.
 struct Convolution {
   Planes source, target;
-  const float* weight;  // row r, channel c, tap k at [r * weight_row + c * weight_channel + k.weight]
-  int64_t weight_row, weight_channel;
+  // Row r, channel c at temporal tap j, tap k at [r * weight_row + c * weight_channel + j * weight_time + k.weight].
+  const float* weight;
+  int64_t weight_row, weight_channel, weight_time;
   int64_t weight_extent;  // elements from `weight` to behind the last one
   const float* bias;  // [rows] or null
   Activation activation;
+  bool accumulates;  // adds what the target holds before it activates
   int64_t grid_height, grid_width;
   int64_t step_y, step_x;
   int64_t target_y, target_x, target_step_y, target_step_x;
   std::vector<Tap> taps;
   std::vector<Phase> phases;     // set by lay_out_taps, as is what follows
   int64_t shift_y, shift_x;      // the largest of the taps
+  int64_t times = 1;             // temporal taps
   bool all_live_here;            // no live route reads the next frame
   int64_t rows_per_live;         // of a depthwise convolution: row r reads live channel r / rows_per_live alone; else 0
   WinogradWeights winograd;      // null weight: the direct convolution
@@ -85,11 +98,25 @@ void lay_out_taps(Convolution& conv);
 bool reads_in_place(const Convolution& conv);
 
 // Whether the rows of the map are so short that points are better gathered one after the other for every tap, which
-// takes as many rows of weights to pay.
+// takes as many rows of weights to pay, and a source without its padding is no larger than the grid.
 bool gathers_points(const Convolution& conv, const Unit& unit);
 
-// How many channels there are from the first of a sorted list to its last.
-int64_t channel_span(const Route* routes, int64_t count);
+// Where the weights of a live route lie in a row.
+inline int64_t live_weight(const Convolution& conv, const Route& live) {
+  return live.channel * conv.weight_channel + live.tap * conv.weight_time;
+}
+
+// The number of a live route among all channels and temporal taps.
+inline int64_t live_number(const Convolution& conv, const Route& live) { return live.channel * conv.times + live.tap; }
+
+// The distance of the weights of one number and the next, the same for all of them; else 0.
+inline int64_t number_stride(const Convolution& conv) {
+  if (conv.times == 1) return conv.weight_channel;
+  return conv.weight_channel == conv.times * conv.weight_time ? conv.weight_time : 0;
+}
+
+// How many numbers there are from that of the first of some live routes to that of the last.
+int64_t live_span(const Convolution& conv, const Route* live, int64_t count);
 
 // Part of a unit: a rectangle of the grid and a range of the unit's rows.
 struct Tile {

@@ -60,6 +60,8 @@ class FrameChannels {
 // The channels of each frame that no frame computes: skipped ones, and reused ones of a clip's first frame.
 FrameChannels zero_channels(PolicyValues policy, int64_t channels, int64_t frames);
 
+inline FrameChannels no_channels() { return zero_channels(nullptr, 0, 0); }
+
 // The channels of each frame that `live_routes` leaves out.
 FrameChannels dead_channels(PolicyValues policy, int64_t channels);
 

@@ -136,6 +136,7 @@ void flatten_grid(Convolution& conv) {
 bool can_use_winograd(const Convolution& conv) {
   if (conv.grid_height * conv.grid_width < kWinogradPoints) return false;
   const int64_t step = conv.step_y;
+  if (number_stride(conv) == 0) return false;
   if (conv.taps.size() != 9 || conv.step_x != step || (step != 1 && step != 2) || conv.shift_y != 2 / step ||
       conv.shift_x != 2 / step || conv.target_step_y != 1 || conv.target_step_x != 1)
     return false;
@@ -229,7 +230,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
   // Threads take tasks in turn, more or less.
   const auto start = [&](size_t i) {
     const Task& task = tasks[std::min(i, tasks.size() - 1)];
-    return task.units->frame * conv.source.frame_stride + task.tile.x_begin;
+    return task.units->source_frame * conv.source.frame_stride + task.tile.x_begin;
   };
   for (size_t i = begin; i < tasks.size(); ++i) tasks[i].tile.next = start(i + size_t(threads)) - start(i);
 }

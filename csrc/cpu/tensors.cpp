@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -36,7 +37,7 @@ FloatArray floats(const std::optional<Tensor>& tensor) {
   FloatArray array;
   if (!tensor.has_value()) return array;
   Tensor values = tensor->scalar_type() == ScalarType::Float ? *tensor : torch::stable::to(*tensor, ScalarType::Float);
-  array.channels_last_ = values.dim() == 4 && is_channels_last(values);
+  array.channels_last_ = values.dim() >= 4 && is_channels_last(values);
   if (!values.is_contiguous() && !array.channels_last_) values = torch::stable::contiguous(values);
   array.data_ = static_cast<const float*>(values.const_data_ptr());
   array.owner_ = values;
@@ -45,15 +46,31 @@ FloatArray floats(const std::optional<Tensor>& tensor) {
 
 void check_features(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.dim() == 4 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16), name,
-                  ": expected a float32 or bfloat16 tensor of 4 dimensions");
+  STD_TORCH_CHECK((tensor.dim() == 4 || tensor.dim() == 5) &&
+                      (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+                  name, ": expected a float32 or bfloat16 tensor of 4 or 5 dimensions");
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+  return sizes;
 }
 
 Planes planes_of(const Tensor& tensor) {
+  void* data = const_cast<void*>(tensor.const_data_ptr());
+  const Scalar scalar = tensor.scalar_type() == ScalarType::Float ? Scalar::f32 : Scalar::bf16;
+  if (tensor.dim() == 5) {
+    const bool channels_last = is_channels_last(tensor);
+    STD_TORCH_CHECK(has_format(tensor, channels_last), "expected clips that are contiguous or channels-last");
+    const int64_t C = tensor.size(1), T = tensor.size(2), H = tensor.size(3), W = tensor.size(4);
+    if (channels_last) return {data, scalar, tensor.numel(), H, W, H * W * C, 1, W * C, C};
+    return {data, scalar, tensor.numel(), H, W, H * W, T * H * W, W, 1};
+  }
   int64_t extent = tensor.numel() == 0 ? 0 : 1;
   for (int64_t d = 0; d < 4 && extent > 0; ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
-  return {const_cast<void*>(tensor.const_data_ptr()),
-          tensor.scalar_type() == ScalarType::Float ? Scalar::f32 : Scalar::bf16,
+  return {data,
+          scalar,
           extent,
           tensor.size(2),
           tensor.size(3),
@@ -63,18 +80,30 @@ Planes planes_of(const Tensor& tensor) {
           tensor.stride(3)};
 }
 
+int64_t clip_stride(const Tensor& tensor) {
+  return tensor.size(2) * (is_channels_last(tensor) ? 1 : tensor.size(1));
+}
+
 Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, bool as_float) {
-  const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
-  const auto at_least_1 = [](int64_t n) { return n > 0 ? n : 1; };
-  const int64_t c = at_least_1(C), h = at_least_1(H), w = at_least_1(W);
-  const int64_t planar[4] = {c * h * w, h * w, w, 1}, channels_last[4] = {c * h * w, 1, w * c, c};
+  const size_t rank = sizes.size();
+  std::vector<int64_t> strides(rank);
+  int64_t stride = 1;
+  const auto follow = [&](size_t d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes[d]);
+  };
+  const bool channels_last = is_channels_last(like);
+  if (channels_last) follow(1);
+  for (size_t d = rank - 1; d > 1; --d) follow(d);
+  if (!channels_last) follow(1);
+  follow(0);
   int32_t dtype, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   if (as_float) dtype = aoti_torch_dtype_float32();
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), is_channels_last(like) ? channels_last : planar,
-                                                  dtype, device, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(rank), sizes.data(), strides.data(), dtype, device, 0,
+                                                  &handle));
   Tensor tensor(handle);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
   return tensor;

@@ -17,7 +17,7 @@ namespace adakernels {
 class FloatArray {
  public:
   const float* data() const { return data_; }
-  // Of a 4-dimensional tensor: whether its second dimension is the innermost in memory, and not the last one.
+  // Of a tensor of 4 or 5 dimensions: whether its second dimension is the innermost in memory, and not the last one.
   bool channels_last() const { return channels_last_; }
 
  private:
@@ -30,17 +30,22 @@ class FloatArray {
 // Null for no tensor. In logical order, or, where the tensor is that, channels-last.
 FloatArray floats(const std::optional<torch::stable::Tensor>& tensor);
 
-// Throws unless it is a float32 or bfloat16 tensor of four dimensions.
+// Throws unless it is a float32 or bfloat16 tensor of 4 dimensions, or of 5 that lie in one of the two formats.
 void check_features(const torch::stable::Tensor& tensor, const char* name);
 
-// The frames of a float32 or bfloat16 tensor of any strides. [N, C, H, W]
+std::vector<int64_t> sizes_of(const torch::stable::Tensor& tensor);
+
+// The frames of a float32 or bfloat16 tensor: of any strides [N, C, H, W], or in one of the two formats [B, C, T, H, W]
 Planes planes_of(const torch::stable::Tensor& tensor);
 
-// Whether a tensor of four dimensions is channels-last and not contiguous too. [N, C, H, W]
+// From a clip's first frame to that of the next one, in frames as `planes_of` numbers them. [B, C, T, H, W]
+int64_t clip_stride(const torch::stable::Tensor& tensor);
+
+// Whether a tensor is channels-last and not contiguous too. [N, C, H, W] | [B, C, T, H, W]
 bool is_channels_last(const torch::stable::Tensor& tensor);
 
 // An uninitialised tensor, channels-last where `like` is that and not contiguous, of `like`'s dtype or of float32.
-// sizes: [N, C, H, W]
+// sizes: [N, C, H, W] | [B, C, T, H, W]
 torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
                                         bool as_float = false);
 

@@ -67,6 +67,21 @@ def gated_conv2d(
     )
 
 
+def sliced_conv3d(
+    dtype: torch.dtype, format: torch.memory_format, stride: int = 1, groups: int = 1, packed: bool = False
+) -> None:
+    input = torch.zeros((8, 64, 14, 14) if packed else (2, 64, 4, 14, 14), dtype=dtype)
+    input = input.contiguous(memory_format=format)
+    weight = torch.zeros(64, 64 // groups, 3, 3, 3, dtype=dtype)
+    temporal = torch.zeros(2, dtype=torch.bool)
+    offsets = torch.zeros(3, dtype=torch.int32) if packed else None
+    convolution = [1, stride, stride], [1, 1, 1], [1, 1, 1], groups
+    output = kernels.sliced_conv3d(input, weight, weight[:, 0, 0, 0, 0], temporal, offsets, *convolution, 1)
+    kernels.sliced_conv3d_backward(
+        output, input, weight, temporal, offsets, *convolution, True, True, False
+    )
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Name -> what launches every kernel of an operator, for one dtype.
@@ -109,6 +124,9 @@ for name, format in FORMATS.items():
     CALLS[f"gated_conv2d-depthwise-{name}"] = partial(
         gated_conv2d, shape=(8, 96, 14, 14), kernel=5, gates="oi", format=format, groups=96
     )
+CALLS["sliced_conv3d"] = partial(sliced_conv3d, format=torch.channels_last_3d)
+CALLS["sliced_conv3d-packed"] = partial(sliced_conv3d, format=torch.contiguous_format, stride=2, packed=True)
+CALLS["sliced_conv3d-depthwise"] = partial(sliced_conv3d, format=torch.channels_last_3d, groups=64)
 
 
 class StandIn:

@@ -19,6 +19,7 @@ from adakernels.ops import (
     _library,
     gated_conv2d_reference,
     patch_gather_reference,
+    sliced_conv3d_reference,
     temporal_fuse_reference,
 )
 
@@ -60,7 +61,31 @@ def make_conv(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callabl
     )
 
 
-OPERATORS = {"temporal_fuse": make_fuse, "patch_gather": make_gather, "gated_conv2d": make_conv}
+def make_sliced(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    input, bias = torch.randn(7, 4, 4, 3, device=device), torch.randn(6, device=device)
+    arguments = {
+        "temporal": torch.tensor([True, False, True], device=device),
+        "frame_offsets": torch.tensor([0, 3, 4, 7], dtype=torch.int32, device=device),
+        "padding": (1, 0, 0),
+        "activation": "silu",
+    }
+    return (
+        [
+            input.contiguous(memory_format=torch.channels_last),
+            torch.randn(6, 4, 3, 1, 1, device=device) / 4,
+            bias,
+        ],
+        lambda *leaves: ak.sliced_conv3d(*leaves, **arguments),
+        lambda *leaves: sliced_conv3d_reference(*leaves, **arguments),
+    )
+
+
+OPERATORS = {
+    "temporal_fuse": make_fuse,
+    "patch_gather": make_gather,
+    "gated_conv2d": make_conv,
+    "sliced_conv3d": make_sliced,
+}
 ON_KERNELS = pytest.mark.parametrize(
     ("kernels", "make"),
     [

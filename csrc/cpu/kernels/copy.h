@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <type_traits>
 
 #include "../domain.h"
@@ -9,10 +10,6 @@
 
 namespace adakernels {
 namespace {
-
-inline float to_float(float value) { return value; }
-inline float to_float(uint16_t value) { return from_bf16(value); }
-inline float to_float(uint8_t value) { return float(value); }
 
 // The part of the source that one tile needs, for one phase: `height` rows of `width` elements from (y, x) on, every
 // step-th pixel, of which columns [begin, end) lie inside the source.
@@ -27,6 +24,16 @@ inline Window window_of(const Planes& planes, int64_t y, int64_t x, int64_t heig
   const int64_t begin = std::min(width, x >= 0 ? 0 : (-x + step_x - 1) / step_x);
   const int64_t inside = x >= planes.width ? 0 : (planes.width - 1 - x) / step_x + 1;
   return {y, x, height, width, step_y, step_x, begin, std::clamp(inside, begin, width)};
+}
+
+// The pixels of a phase that lie inside the source, as rows of the grid's width.
+inline Window inner_window(const Convolution& conv, const Phase& phase) {
+  const auto inside = [](int64_t offset, int64_t step) {
+    return offset < 0 ? offset + (step - 1 - offset) / step * step : offset;
+  };
+  const int64_t y = inside(phase.dy, conv.step_y), x = inside(phase.dx, conv.step_x);
+  const int64_t height = std::max<int64_t>(0, (conv.source.height - y + conv.step_y - 1) / conv.step_y);
+  return window_of(conv.source, y, x, height, conv.grid_width, conv.step_y, conv.step_x);
 }
 
 // The even, or odd, elements of a pair of vectors.
@@ -98,8 +105,7 @@ inline void copy_plane(float* plane, int64_t pitch, const T* source, const Plane
 template <typename T>
 inline void copy_typed(float* plane, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
                        const Window& window) {
-  const T* here =
-      static_cast<const T*>(planes.data) + frame * planes.frame_stride + route.channel * planes.channel_stride;
+  const T* here = static_cast<const T*>(planes.data) + plane_offset(planes, frame, route);
   const T* next = here + planes.frame_stride;
   copy_plane<T, false>(plane, pitch, route.here ? here : next, planes, window);
   if (route.here && route.next) copy_plane<T, true>(plane, pitch, next, planes, window);
@@ -115,16 +121,6 @@ inline void copy_route(float* plane, int64_t pitch, const Planes& planes, int64_
     copy_typed<uint16_t>(plane, pitch, planes, frame, route, window);
 }
 
-// to[i] = from[i] for i < count, by vectors: up to one less than a vector past the end is read and written.
-inline void copy_whole(float* to, const float* from, int64_t count) {
-  constexpr int half = kLanes > 4 ? kLanes / 2 : kLanes;
-  if (count <= half) {
-    store<half>(to, load<half>(from));
-  } else {
-    for (int64_t i = 0; i < count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
-  }
-}
-
 // The rows that copying a route's channel to a window is going to read, to be fetched one by one next to other work:
 // all at once they would keep it waiting.
 class RowsAhead {
@@ -136,7 +132,7 @@ class RowsAhead {
     stride_ = planes.row_stride * size;
     bytes_ = planes.width * size;
     row_ = static_cast<const char*>(planes.data) + window.y * planes.row_stride * size +
-           ((frame + !route.here) * planes.frame_stride + route.channel * planes.channel_stride) * size;
+           plane_offset(planes, frame + !route.here, route) * size;
   }
   void fetch_next() {
     for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(row_ + at);
@@ -149,21 +145,21 @@ class RowsAhead {
 };
 
 // Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...
-// Nothing is written past the end of `even`, because `odd` may lie there.
-inline void copy_pair(float* even, float* odd, int64_t pitch, const Planes& planes, int64_t frame, int32_t channel,
+// Nothing is written `plane` elements past the beginning of either, because the other may lie there.
+inline void copy_pair(float* even, float* odd, int64_t plane, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
                       const Window& left, const Window& right) {
   const float* data = static_cast<const float*>(planes.data);
   const float* limit = data + planes.extent;
-  const float* plane = data + frame * planes.frame_stride + channel * planes.channel_stride;
+  const float* source = data + plane_offset(planes, frame, route);
   const int64_t begin = std::max(left.begin, right.begin), end = std::max(begin, std::min(left.end, right.end));
-  const float* even_end = even + left.height * pitch;
+  const float* even_end = even + plane;
   for (int64_t y = 0; y < left.height; ++y, even += pitch, odd += pitch) {
     const int64_t row = left.y + y * left.step_y;
     if (row < 0 || row >= planes.height) {
       for (int64_t i = 0; i < left.width; ++i) even[i] = odd[i] = 0;
       continue;
     }
-    const float* from = plane + row * planes.row_stride + left.x;
+    const float* from = source + row * planes.row_stride + left.x;
     const auto edge = [&](int64_t i) {
       even[i] = i >= left.begin && i < left.end ? from[2 * i] : 0.f;
       odd[i] = i >= right.begin && i < right.end ? from[2 * i + 1] : 0.f;
@@ -184,14 +180,18 @@ inline void copy_pair(float* even, float* odd, int64_t pitch, const Planes& plan
 inline void copy_phases(float* to, int64_t plane, int64_t pitch, const Planes& planes, int64_t frame,
                         const Route& route, const Window* windows, int64_t phase_count) {
   const bool pairs = planes.scalar == Scalar::f32 && planes.column_stride == 1 && route.here && !route.next;
-  for (int64_t p = 0; p < phase_count; ++p) {
+  for (int64_t p = 0; p < phase_count; ++p, to += plane) {
     const Window& window = windows[p];
-    if (pairs && window.step_x == 2 && p + 1 < phase_count && windows[p + 1].y == window.y &&
-        windows[p + 1].x == window.x + 1) {
-      copy_pair(to + p * plane, to + (p + 1) * plane, pitch, planes, frame, route.channel, window, windows[p + 1]);
+    const int64_t apart = p + 1 < phase_count && windows[p + 1].y == window.y ? windows[p + 1].x - window.x : 0;
+    if (pairs && window.step_x == 2 && std::abs(apart) == 1) {
+      float* const next = to + plane;
+      const bool ascending = apart == 1;
+      copy_pair(ascending ? to : next, ascending ? next : to, plane, pitch, planes, frame, route, windows[p + !ascending],
+                windows[p + ascending]);
       ++p;
+      to = next;
     } else {
-      copy_route(to + p * plane, pitch, planes, frame, route, window);
+      copy_route(to, pitch, planes, frame, route, window);
     }
   }
 }

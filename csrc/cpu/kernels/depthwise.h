@@ -236,7 +236,7 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
         continue;
       }
       Lanes& lanes = groups[current];
-      lanes.source[lane_count] = static_cast<const float*>(source.data) + unit->frame * source.frame_stride +
+      lanes.source[lane_count] = static_cast<const float*>(source.data) + unit->source_frame * source.frame_stride +
                                  channel * source.channel_stride + geometry.first_row * source.width;
       lanes.weights[lane_count] = conv.weight + row.channel * conv.weight_row;
       lanes.start[lane_count] = start;

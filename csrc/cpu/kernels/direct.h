@@ -37,8 +37,8 @@ struct RowGroup {
   float floor;  // that of a register tile, which applies ReLU itself
 
   RowGroup(const Convolution& conv, const Unit& unit, int64_t first, int64_t count)
-      : floor(conv.activation == Activation::relu ? 0.f : Product().floor) {
-    const int64_t live = unit.live_count > 0 ? unit.live[0].channel * conv.weight_channel : 0;
+      : floor(conv.activation == Activation::relu && !conv.accumulates ? 0.f : Product().floor) {
+    const int64_t live = unit.live_count > 0 ? live_weight(conv, unit.live[0]) : 0;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t channel = unit.rows[first + r].channel;
       rows[r] = conv.weight + unit.weight_offset + channel * conv.weight_row + live;
@@ -56,8 +56,10 @@ inline void finish_tile(const Convolution& conv, const Unit& unit, const Route* 
   Segment list[kTilePixels];
   const int64_t segment_count = segments(at, width, list);
   for (int64_t r = 0; r < count; ++r) {
-    if (conv.activation != Activation::relu) activate(conv.activation, out + r * kTilePixels, width);
-    store_route(conv.target, hop, unit.frame, rows[r], out + r * kTilePixels, list, segment_count);
+    float* row = out + r * kTilePixels;
+    if (conv.accumulates) add_target(conv.target, hop, unit.frame, rows[r], row, list, segment_count);
+    if (conv.accumulates || conv.activation != Activation::relu) activate(conv.activation, row, width);
+    store_route(conv.target, hop, unit.frame, rows[r], row, list, segment_count);
   }
 }
 
@@ -82,11 +84,12 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   constexpr int64_t span = kVectors * kLanes;
   const Planes& planes = conv.source;
   const float* source =
-      static_cast<const float*>(planes.data) + unit.frame * planes.frame_stride + tile.x_begin;
-  const int64_t live_count = unit.live_count, first_live = live_count > 0 ? unit.live[0].channel : 0;
+      static_cast<const float*>(planes.data) + unit.source_frame * planes.frame_stride + tile.x_begin;
+  const int64_t live_count = unit.live_count, first_weight = live_count > 0 ? live_weight(conv, unit.live[0]) : 0;
   const int64_t count = tile.x_end - tile.x_begin, whole = count / kLanes * kLanes, rest = count - whole;
-  const bool gapless = live_count > 0 && channel_span(unit.live, live_count) == live_count;
-  const bool dots = rest <= kMostDots && gapless && conv.weight_channel == 1;
+  const bool gapless =
+      live_count > 0 && live_weight(conv, unit.live[live_count - 1]) - first_weight == live_count - 1;
+  const bool dots = rest <= kMostDots && gapless;
   Layout layout;
   const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
   const int64_t copy_at = layout.add<float>(live_count * kLanes);
@@ -95,8 +98,8 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   Step* rest_steps = reinterpret_cast<Step*>(memory + rest_steps_at);
   float* copy = reinterpret_cast<float*>(memory + copy_at);
   for (int64_t i = 0; i < live_count; ++i) {
-    const auto weight = int32_t((unit.live[i].channel - first_live) * conv.weight_channel + conv.taps[0].weight);
-    steps[i] = {weight, int32_t(unit.live[i].channel * planes.channel_stride)};
+    const auto weight = int32_t(live_weight(conv, unit.live[i]) - first_weight + conv.taps[0].weight);
+    steps[i] = {weight, int32_t(plane_offset(planes, 0, unit.live[i]))};
     rest_steps[i] = {weight, int32_t(i * kLanes)};
   }
   const auto copy_rest = [&] {
@@ -159,67 +162,94 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
 }
 
 // Few grid points: each tap's are gathered, so that vectors are full and nothing is computed only to be dropped.
+// Where a phase of a channel lies row by row at the width of the grid, all of a tap's points are its plane from some
+// offset on, but for those outside the source, which masks clear.
 // Live channels are taken a few at a time, whose gathered points the second-level cache holds for all rows.
 inline void convolve_gathered(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
-  const int64_t grid_height = tile.y_end - tile.y_begin, grid_width = tile.x_end - tile.x_begin;
-  const int64_t point_count = grid_height * grid_width, tap_count = int64_t(conv.taps.size());
-  const int64_t phase_count = int64_t(conv.phases.size());
-  const int64_t width = grid_width + conv.shift_x, height = grid_height + conv.shift_y, plane = width * height;
-  const bool in_order = conv.weight_channel == tap_count && conv.taps[1].weight == 1;
+  using Mask = VectorOf<kLanes>::integer;
+  const Planes& planes = conv.source;
+  const int64_t grid_height = conv.grid_height, grid_width = conv.grid_width, point_count = grid_height * grid_width;
+  const int64_t tap_count = int64_t(conv.taps.size()), phase_count = int64_t(conv.phases.size());
+  const bool in_order = number_stride(conv) == tap_count && conv.taps[1].weight == 1;
   const int64_t rest = point_count % kLanes;
   const int64_t tail = in_order && point_count > rest && rest <= kMostDots ? rest : 0;
-  const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes;
+  const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes, masked = pitch + tail;
   const int64_t fitting = kSourceBytes / 4 / (tap_count * pitch);
   const int64_t chunk = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, unit.live_count));
   const int64_t row_end = std::min(tile.row_end, unit.row_count), row_room = pitch + kTilePixels;
+  const int64_t margin = (grid_width + 1) * (conv.shift_y + 1), plane = point_count + kTilePixels;
   Layout layout;
   const int64_t windows_at = layout.add<Window>(phase_count);
+  const int64_t offsets_at = layout.add<int64_t>(tap_count);
+  const int64_t masks_at = layout.add<int32_t>(tap_count * masked);
   const int64_t segments_at = layout.add<Segment>(grid_height);
   const int64_t steps_at = layout.add<Step>(chunk * tap_count);
-  const int64_t patch_at = layout.add<float>(phase_count * plane + 2 * kTilePixels);
+  const int64_t copy_at = layout.add<float>(phase_count * plane + 2 * margin);
   const int64_t points_at = layout.add<float>(chunk * tap_count * pitch + kTilePixels);
-  const int64_t tails_at = layout.add<float>(tail * channel_span(unit.live, unit.live_count) * tap_count);
+  const int64_t tails_at = layout.add<float>(tail * live_span(conv, unit.live, unit.live_count) * tap_count);
   const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * row_room);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Window* windows = reinterpret_cast<Window*>(memory + windows_at);
+  int64_t* offsets = reinterpret_cast<int64_t*>(memory + offsets_at);
+  int32_t* masks = reinterpret_cast<int32_t*>(memory + masks_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
-  float* patch = reinterpret_cast<float*>(memory + patch_at);
+  float* copy = reinterpret_cast<float*>(memory + copy_at);
   float* points = reinterpret_cast<float*>(memory + points_at);
   float* tails = reinterpret_cast<float*>(memory + tails_at);
   float* out = reinterpret_cast<float*>(memory + out_at);
-  for (int64_t p = 0; p < phase_count; ++p)
-    windows[p] = window_of(conv.source, tile.y_begin * conv.step_y + conv.phases[size_t(p)].dy,
-                           tile.x_begin * conv.step_x + conv.phases[size_t(p)].dx, height, width, conv.step_y,
-                           conv.step_x);
-  for (int64_t y = 0; y < grid_height; ++y)
-    segments[y] = {y * grid_width, target_offset(conv, tile.y_begin + y, tile.x_begin), grid_width};
-  std::fill_n(patch, phase_count * plane + 2 * kTilePixels, 0.f);
+  std::fill_n(copy, phase_count * plane + 2 * margin, 0.f);
+  copy += margin;
+  for (int64_t p = 0; p < phase_count; ++p) windows[p] = inner_window(conv, conv.phases[size_t(p)]);
+  int64_t lowest = 0, highest = 0;
+  for (int64_t t = 0; t < tap_count; ++t) {
+    const Tap& tap = conv.taps[size_t(t)];
+    const Window& window = windows[tap.phase];
+    const Phase& phase = conv.phases[size_t(tap.phase)];
+    const int64_t up = tap.shift_y - (window.y - phase.dy) / conv.step_y;
+    const int64_t left = tap.shift_x - (window.x - phase.dx) / conv.step_x;
+    offsets[t] = up * grid_width + left;
+    lowest = std::min(lowest, offsets[t]);
+    highest = std::max(highest, offsets[t]);
+    for (int64_t i = 0; i < masked; ++i) {
+      const int64_t y = i / grid_width + up, x = i % grid_width + left;
+      masks[t * masked + i] = i < point_count && y >= 0 && y < window.height && x >= 0 && x < window.end ? -1 : 0;
+    }
+  }
+  for (int64_t y = 0; y < grid_height; ++y) segments[y] = {y * grid_width, target_offset(conv, y, 0), grid_width};
+  const bool in_place = phase_count == 1 && conv.step_y == 1 && conv.step_x == 1 && planes.scalar == Scalar::f32 &&
+                        planes.column_stride == 1 && planes.row_stride == grid_width && conv.all_live_here;
+  const int64_t first = windows[0].y * planes.row_stride + windows[0].x;
 
   for (int64_t begin = 0; begin == 0 || begin < unit.live_count; begin += chunk) {
     const int64_t live_count = std::min(chunk, unit.live_count - begin), step_count = live_count * tap_count;
     const Route* live = unit.live + begin;
     // The few last points' columns go by all channels, with zeros for dead ones, as the weights do that they meet.
-    const int64_t span = channel_span(live, live_count) * tap_count;
+    const int64_t span = live_span(conv, live, live_count) * tap_count;
     std::fill_n(tails, tail * span, 0.f);
     for (int64_t i = 0; i < live_count; ++i) {
-      copy_phases(patch, plane, width, conv.source, unit.frame, live[i], windows, phase_count);
+      const int64_t at = plane_offset(planes, unit.source_frame, live[i]) + first;
+      const float* source = copy;
+      if (in_place && at + lowest >= 0 && at + highest + masked <= planes.extent)  // whole vectors, too
+        source = static_cast<const float*>(planes.data) + at;
+      else
+        copy_phases(copy, plane, grid_width, planes, unit.source_frame, live[i], windows, phase_count);
       const bool last = begin + i + 1 == unit.live_count;
-      RowsAhead ahead = last ? RowsAhead() : RowsAhead(conv.source, unit.frame, live[i + 1], windows[0]);
-      for (int64_t y = 0; y < conv.step_y * height; ++y) ahead.fetch_next();
-      const int64_t weight = (live[i].channel - unit.live[0].channel) * conv.weight_channel;
+      RowsAhead ahead = last ? RowsAhead() : RowsAhead(planes, unit.source_frame, live[i + 1], windows[0]);
+      for (int64_t y = 0; y < conv.step_y * grid_height; ++y) ahead.fetch_next();
+      const int64_t weight = live_weight(conv, live[i]) - live_weight(conv, unit.live[0]);
       for (int64_t t = 0; t < tap_count; ++t) {
         const Tap& tap = conv.taps[size_t(t)];
         const int64_t k = i * tap_count + t;
-        const float* from = patch + tap.phase * plane + tap.shift_y * width + tap.shift_x;
+        const float* from = source + tap.phase * plane + offsets[t];
         steps[k] = {int32_t(weight + tap.weight), int32_t(k * pitch)};
-        // In order, because each row is copied by whole vectors, into the next one or the next step.
-        float* to = points + k * pitch;
-        for (int64_t y = 0; y < grid_height; ++y)
-          copy_whole(to + y * grid_width, from + y * width, grid_width);
-        float* column = tails + (live[i].channel - live[0].channel) * tap_count + t;
-        for (int64_t p = 0; p < tail; ++p)
-          column[p * span] = from[(whole + p) / grid_width * width + (whole + p) % grid_width];
+        for (int64_t p = 0; p < pitch; p += kLanes) {
+          Mask mask;
+          std::memcpy(&mask, masks + t * masked + p, sizeof(mask));
+          store<kLanes>(points + k * pitch + p, Vector<kLanes>(Mask(load<kLanes>(from + p)) & mask));
+        }
+        float* column = tails + (live_number(conv, live[i]) - live_number(conv, live[0])) * tap_count + t;
+        for (int64_t p = 0; p < tail; ++p) column[p * span] = masks[t * masked + pitch + p] ? from[whole + p] : 0.f;
       }
     }
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
@@ -233,6 +263,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
   for (int64_t r = tile.row_begin; r < row_end; ++r, out += row_room) {
+    if (conv.accumulates) add_target(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
     activate(conv.activation, out, point_count);
     store_route(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
   }
@@ -270,7 +301,7 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
   int64_t live_most = 0;
   for (int64_t u = 0; u < unit_count; ++u) live_most = std::max(live_most, units[u].live_count);
   if (tap_count == 0) live_most = 0;
-  if (live_most * channel > INT32_MAX) throw std::runtime_error("gated_conv2d: the convolution is too large");
+  if (live_most * channel > INT32_MAX) throw std::runtime_error("the convolution is too large");
   Layout layout;
   const int64_t windows_at = layout.add<Window>(phase_count);
   const int64_t steps_at = layout.add<Step>(live_most * tap_count);
@@ -299,14 +330,14 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
     const Unit& unit = units[u];
     const int64_t live_count = tap_count == 0 ? 0 : unit.live_count, step_count = live_count * tap_count;
     for (int64_t i = 0; i < live_count; ++i)
-      copy_phases(source + i * channel, plane, pitch, conv.source, unit.frame, unit.live[i], windows, phase_count);
+      copy_phases(source + i * channel, plane, pitch, conv.source, unit.source_frame, unit.live[i], windows, phase_count);
     // Register tiles read past the last point: those lanes are dropped, but must be readable.
     for (int64_t i = 0; i < kTilePixels; ++i) source[live_count * channel + i] = 0;
     // Units with one live channel all have the same steps, because weights count from the first live channel.
     if (live_count != 1 || steps_made != 1) {
       Step* step = steps;
       for (int64_t i = 0; i < live_count; ++i) {
-        const int64_t weight = (unit.live[i].channel - unit.live[0].channel) * conv.weight_channel;
+        const int64_t weight = live_weight(conv, unit.live[i]) - live_weight(conv, unit.live[0]);
         for (const Tap& tap : conv.taps)
           *step++ = {int32_t(weight + tap.weight),
                      int32_t(i * channel + tap.phase * plane + tap.shift_y * pitch + tap.shift_x)};

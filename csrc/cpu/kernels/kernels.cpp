@@ -4,6 +4,7 @@
 #include "direct.h"
 #include "fuse.h"
 #include "patch_gather.h"
+#include "reconstruct.h"
 #include "weight_gradient.h"
 #include "winograd.h"
 
@@ -21,11 +22,13 @@ const Kernels kernels = {
     .gradient_points = gradient_points,
     .copy_gradient = copy_gradient,
     .add_weight_gradient = add_weight_gradient,
+    .activate_values = activate_values,
     .mix_planes = mix_planes,
     .dot_planes = dot_planes,
     .gather_patch = gather_patch,
     .differentiate_patch = differentiate_patch,
     .spread_patches = spread_patches,
+    .reconstruct = reconstruct,
 };
 
 }  // namespace adakernels::ADAKERNELS_ISA

@@ -3,6 +3,7 @@
 
 #include "../domain.h"
 #include "../patch.h"
+#include "../reconstruct.h"
 
 namespace adakernels {
 
@@ -52,6 +53,8 @@ struct Kernels {
   // gradients: [rows][gradient_points + lanes]
   void (*add_weight_gradient)(const Convolution&, const Unit&, const float* gradients, int64_t live_begin,
                               int64_t live_end, float* grad_weight, Scratch&);
+  // to[i] = the activated from[i] for i < count, which may be the same memory.
+  void (*activate_values)(Activation, Scalar, const void* from, void* to, int64_t count);
   // Plane of `frame` in target = here * source[frame] + other * source[other_frame]; zero factors read nothing.
   void (*mix_planes)(const Planes& target, int64_t frame, int64_t channel, const Planes& source, float here,
                      float other, int64_t other_frame);
@@ -65,6 +68,8 @@ struct Kernels {
   void (*differentiate_patch)(const PatchRows&, const void* gradient, double* sums, Scratch&);
   // Rows of a frame's gradient from those of the patches that cover it.
   void (*spread_patches)(const FrameRows&, const PatchGradient*, int64_t patch_count, Scratch&);
+  // Finishes the group of frames that begins at `first_frame`, for some classes of channels.
+  void (*reconstruct)(const Reconstruction&, int64_t first_frame, int64_t class_begin, int64_t class_end, Scratch&);
 };
 
 namespace portable {

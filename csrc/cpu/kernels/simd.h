@@ -82,5 +82,9 @@ inline uint16_t to_bf16(float value) {
   return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
+inline float to_float(float value) { return value; }
+inline float to_float(uint16_t value) { return from_bf16(value); }
+inline float to_float(uint8_t value) { return float(value); }
+
 }  // namespace
 }  // namespace adakernels

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../domain.h"
+#include "copy.h"
 #include "simd.h"
 
 namespace adakernels {
@@ -18,9 +19,20 @@ template <typename T>
 inline void store_run(T* to, const float* from, int64_t count, int64_t hop) {
   if constexpr (std::is_same_v<T, float>) {
     if (hop == 1) {
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
-      for (; i < count; ++i) to[i] = from[i];
+      // Whole vectors: the last one overlaps the one before.
+      constexpr int half = kLanes > 4 ? kLanes / 2 : kLanes;
+      const auto copy = [&]<int lanes>(std::integral_constant<int, lanes>) {
+        for (int64_t i = 0; i + lanes < count; i += lanes) store<lanes>(to + i, load<lanes>(from + i));
+        store<lanes>(to + count - lanes, load<lanes>(from + count - lanes));
+      };
+      if (count >= kLanes)
+        copy(std::integral_constant<int, kLanes>());
+      else if (count >= half)
+        copy(std::integral_constant<int, half>());
+      else if (count >= 4)
+        copy(std::integral_constant<int, 4>());
+      else
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
       return;
     }
     for (int64_t i = 0; i < count; ++i) to[i * hop] = from[i];
@@ -32,7 +44,7 @@ inline void store_run(T* to, const float* from, int64_t count, int64_t hop) {
 template <typename T>
 inline void store_typed(const Planes& planes, int64_t hop, int64_t frame, const Route& route, const float* row,
                         const Segment* segments, int64_t segment_count) {
-  T* here = static_cast<T*>(planes.data) + frame * planes.frame_stride + route.channel * planes.channel_stride;
+  T* here = static_cast<T*>(planes.data) + plane_offset(planes, frame, route);
   for (int64_t s = 0; s < segment_count; ++s) {
     const Segment& segment = segments[s];
     if (route.here) store_run(here + segment.target, row + segment.from, segment.count, hop);
@@ -47,6 +59,37 @@ inline void store_route(const Planes& planes, int64_t hop, int64_t frame, const 
     store_typed<float>(planes, hop, frame, route, row, segments, segment_count);
   else
     store_typed<uint16_t>(planes, hop, frame, route, row, segments, segment_count);
+}
+
+template <typename T>
+inline void add_target_typed(const Planes& planes, int64_t hop, int64_t frame, const Route& route, float* row,
+                             const Segment* segments, int64_t segment_count) {
+  const T* plane = static_cast<const T*>(planes.data) + frame * planes.frame_stride +
+                   route.channel * planes.channel_stride;
+  for (int64_t s = 0; s < segment_count; ++s) {
+    const Segment& segment = segments[s];
+    const T* from = plane + segment.target;
+    float* to = row + segment.from;
+    if (hop == 1)
+      for (int64_t i = 0; i < segment.count; ++i) to[i] += to_float(from[i]);
+    else
+      for (int64_t i = 0; i < segment.count; ++i) to[i] += to_float(from[i * hop]);
+  }
+  if (segment_count == 0) return;
+  // Rows are computed from left to right: what comes next is fetched next to the arithmetic.
+  const Segment& last = segments[segment_count - 1];
+  if (hop == 1)
+    for (int64_t i = 0; i < last.count; i += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(plane + last.target + last.count + i, 1);
+}
+
+// Adds to a computed row what the target holds.
+inline void add_target(const Planes& planes, int64_t hop, int64_t frame, const Route& route, float* row,
+                       const Segment* segments, int64_t segment_count) {
+  if (planes.scalar == Scalar::f32)
+    add_target_typed<float>(planes, hop, frame, route, row, segments, segment_count);
+  else
+    add_target_typed<uint16_t>(planes, hop, frame, route, row, segments, segment_count);
 }
 
 // Offset of a grid point in a target plane.

@@ -67,14 +67,14 @@ void add_weight_gradient(const Convolution& conv, const Unit& unit, const float*
         window_of(conv.source, phase.dy, phase.dx, frame.height, frame.width, conv.step_y, conv.step_x);
   }
   for (int64_t i = 0; i < live_count; ++i)
-    copy_phases(patch + i * frame.channel, frame.plane, frame.pitch, conv.source, unit.frame,
+    copy_phases(patch + i * frame.channel, frame.plane, frame.pitch, conv.source, unit.source_frame,
                 unit.live[live_begin + i], windows, phase_count);
   for (int64_t i = 0; i < kTilePixels; ++i) patch[live_count * frame.channel + i] = 0;
   for (int64_t j = 0; j < columns; ++j) {
     const int64_t i = std::min(j, column_count - 1);  // columns past the last one repeat it and are dropped
     const Tap& tap = conv.taps[size_t(i % tap_count)];
     offsets[j] = i / tap_count * frame.channel + tap.phase * frame.plane + tap.shift_y * frame.pitch + tap.shift_x;
-    targets[j] = unit.live[live_begin + i / tap_count].channel * conv.weight_channel + tap.weight;
+    targets[j] = live_weight(conv, unit.live[live_begin + i / tap_count]) + tap.weight;
   }
   for (int64_t k = 0; k < chunk; ++k) steps[k] = {int32_t(k), int32_t(k * block)};
 

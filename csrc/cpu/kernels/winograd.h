@@ -115,14 +115,14 @@ inline void transform_kernels(const Convolution& conv, int64_t row, int64_t chan
   const int64_t tap_stride = std::abs(conv.taps[1].weight - conv.taps[0].weight);
   for (const Tap& tap : conv.taps) at[tap.dy - corner.dy][tap.dx - corner.dx] = int32_t(tap.weight / tap_stride);
   const float* weights = conv.weight + row * conv.weight_row;
+  const int64_t stride = number_stride(conv);
   for (int64_t first = 0; first < channel_count; first += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, channel_count - first);
     float kernels[9][kLanes];
     // Asked for early: the next kernels come from memory, or from a cache that other cores share.
     for (int line = 0; line < 9 * kLanes; line += 16)
-      __builtin_prefetch(weights + (first + 4 * kLanes) * conv.weight_channel + line);
-    gather_kernels(weights + first * conv.weight_channel, conv.weight + conv.weight_extent, conv.weight_channel, count,
-                   tap_stride, kernels);
+      __builtin_prefetch(weights + (first + 4 * kLanes) * stride + line);
+    gather_kernels(weights + first * stride, conv.weight + conv.weight_extent, stride, count, tap_stride, kernels);
     V columns[3][4];
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x)
@@ -152,60 +152,89 @@ void winograd_weights(const Convolution& conv, int64_t row, int64_t channel_coun
   });
 }
 
-// How a channel's pixels are laid out before they are transformed: `split` holds each row of them as `step` rows of
-// `pitch` elements, of which number p has pixels p, p + step, ...
-template <typename Method>
-struct Patch {
-  int64_t height, width;  // of the pixels
-  int64_t pitch;
-
-  Patch(int64_t block_rows, int64_t block_columns)
-      : height(Method::step * block_rows + Method::size - Method::step),
-        width(Method::step * block_columns + Method::size - Method::step),
-        pitch((block_columns + 1 + kLanes - 1) / kLanes * kLanes) {}
-  // Of either layout, with what may be read and written past it.
-  int64_t size() const { return height * Method::step * pitch + 2 * kTilePixels; }
+// The rows of pixels that the blocks of a tile read, wherever they lie; zeros stand for rows outside the source.
+struct PixelRows {
+  const float* data;
+  int64_t offset, pitch;  // of row 0, and between rows
+  int64_t begin, end;     // the rows inside the source
+  const float* zeros;
+  const float* operator[](int64_t y) const { return y >= begin && y < end ? data + offset + y * pitch : zeros; }
 };
 
-// Transforms the blocks of a channel, and fetches rows of the next one: point p of block t is points[p * stride + t].
-// In order, because each row of blocks may overrun into the next one or the next channel.
+// How many pixels of a row are read for `columns` blocks by vectors of `lanes`.
+template <typename Method>
+constexpr int64_t reach(int64_t columns, int64_t lanes) {
+  return ((columns + lanes - 1) / lanes * Method::step + 1) * lanes;
+}
+
+// Pixels number x of `lanes` neighbouring blocks go to d[x]; masks clear those outside the source.
 template <typename Method, int lanes>
-inline void transform_pixels(const Patch<Method>& patch, const float* pixels, float* split, int64_t block_rows,
-                             int64_t block_columns, float* points, int64_t stride, RowsAhead ahead) {
+inline void split_row(const float* pixels, const int32_t* masks, Vector<lanes>* d) {
   using V = Vector<lanes>;
-  constexpr int size = Method::size, step = Method::step;
-  for (int64_t y = 0; y < patch.height; ++y, pixels += step * patch.pitch) {
-    ahead.fetch_next();
-    for (int64_t t = 0; t <= block_columns; t += lanes) {
-      V v[step];
+  using Mask = typename VectorOf<lanes>::integer;
+  constexpr int step = Method::step;
+  V v[step];
 #pragma GCC unroll 4
-      for (int p = 0; p < step; ++p) v[p] = load<lanes>(pixels + step * t + p * lanes);
-      deinterleave<step, lanes>(v);
-#pragma GCC unroll 4
-      for (int p = 0; p < step; ++p) store<lanes>(split + (step * y + p) * patch.pitch + t, v[p]);
+  for (int p = 0; p < step; ++p) v[p] = load<lanes>(pixels + p * lanes);
+  deinterleave<step, lanes>(v);
+  const V next = load<lanes>(pixels + step * lanes);
+#pragma GCC unroll 6
+  for (int x = 0; x < Method::size; ++x) {
+    V pixel = v[x % step];
+    if (x >= step) {
+      constexpr auto first = indices<lanes>([](int i) { return i + 1; });
+      constexpr auto second = indices<lanes>([](int i) { return i + 1 + (i + 1 == lanes); });
+      pixel = x == step ? shuffle<lanes>(pixel, next, first) : shuffle<lanes>(pixel, next, second);
     }
+    Mask mask;
+    std::memcpy(&mask, masks + x * lanes, sizeof(mask));
+    d[x] = V(Mask(pixel) & mask);
   }
-  for (int64_t b = 0; b < block_rows; ++b, split += step * step * patch.pitch, points += block_columns)
-    for (int64_t t = 0; t < block_columns; t += lanes) {
+}
+
+// Transforms the blocks of a channel, and fetches rows of the next one: point p of block t is points[p * stride + t].
+// Vectors may overrun a row of blocks, into the next one or the next channel, so what they overrun is written after.
+template <typename Method, int lanes>
+inline void transform_pixels(const PixelRows& rows, const int32_t* masks, int64_t block_rows, int64_t block_columns,
+                             float* points, int64_t stride, RowsAhead ahead) {
+  using V = Vector<lanes>;
+  constexpr int size = Method::size, step = Method::step, kept = size - step;
+  for (int64_t t = (block_columns - 1) / lanes * lanes; t >= 0; t -= lanes) {
+    const int32_t* mask = masks + t * size;
+    float* to = points + t;
+    V d[size][size];
+#pragma GCC unroll 2
+    for (int y = 0; y < kept; ++y) split_row<Method, lanes>(rows[y] + step * t, mask, d[y]);
+    for (int64_t b = 0; b < block_rows; ++b, to += block_columns) {
+#pragma GCC unroll 4
+      for (int y = kept; y < size; ++y) {
+        ahead.fetch_next();
+        split_row<Method, lanes>(rows[step * b + y] + step * t, mask, d[y]);
+      }
       V columns[size][size];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
       for (int x = 0; x < size; ++x) {
         V column[size];
-#pragma GCC unroll 5
-        for (int y = 0; y < size; ++y)
-          column[y] = load<lanes>(split + (step * y + x % step) * patch.pitch + x / step + t);
+#pragma GCC unroll 6
+        for (int y = 0; y < size; ++y) column[y] = d[y][x];
         Method::transform_source(column, columns[x]);
       }
-#pragma GCC unroll 5
+#pragma GCC unroll 6
       for (int y = 0; y < size; ++y) {
         V row[size], transformed[size];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int x = 0; x < size; ++x) row[x] = columns[x][y];
         Method::transform_source(row, transformed);
-#pragma GCC unroll 5
-        for (int x = 0; x < size; ++x) store<lanes>(points + (size * y + x) * stride + t, transformed[x]);
+#pragma GCC unroll 6
+        for (int x = 0; x < size; ++x) store<lanes>(to + (size * y + x) * stride, transformed[x]);
       }
+#pragma GCC unroll 2
+      for (int y = 0; y < kept; ++y)
+#pragma GCC unroll 6
+        for (int x = 0; x < size; ++x) d[y][x] = d[y + step][x];
     }
+    ahead = RowsAhead();
+  }
 }
 
 // The outputs of `block_count` blocks, even columns and odd ones interleaved: upper[2 t + x], lower[2 t + x].
@@ -245,7 +274,9 @@ struct Blocks {
   int64_t room;  // of one point of one row, with what register tiles write past the last block
   // One point of all blocks: [live channel][block], what is read past it, and [tail block][channel] for all channels
   // from the first live one to the last, zero for dead ones, as the weights lie that they meet.
-  int64_t slice(const Unit& unit) const { return tails(unit) + channel_span(unit.live, unit.live_count) * tail; }
+  int64_t slice(const Convolution& conv, const Unit& unit) const {
+    return tails(unit) + live_span(conv, unit.live, unit.live_count) * tail;
+  }
   int64_t tails(const Unit& unit) const { return unit.live_count * count + kTilePixels; }
 
   explicit Blocks(const Tile& tile)
@@ -257,40 +288,66 @@ struct Blocks {
 };
 
 int64_t winograd_points_size(const Convolution& conv, const Unit& unit, const Tile& tile) {
-  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(unit); });
+  return with_method(conv, [&](auto method) { return method.size * method.size * Blocks(tile).slice(conv, unit); });
 }
 
 // Transforms the live channels of a unit: points[point][live channel][block].
 template <typename Method>
 inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile& tile, float* points,
                            Scratch& scratch) {
-  constexpr int step = Method::step, half = kLanes > 8 ? kLanes / 2 : kLanes;
+  constexpr int step = Method::step, size = Method::size, half = kLanes > 8 ? kLanes / 2 : kLanes;
   const Blocks blocks(tile);
-  const int64_t slice = blocks.slice(unit);
-  const Patch<Method> patch(blocks.rows, blocks.columns);
+  const int64_t slice = blocks.slice(conv, unit);
+  const int64_t height = step * blocks.rows + size - step, width = step * blocks.columns + size - step;
   const Tap& corner = first_tap(conv);
-  const Window window = window_of(conv.source, step * tile.y_begin + corner.dy, corner.dx, patch.height, patch.width,
-                                  1, 1);
+  const Planes& planes = conv.source;
+  const Window window = window_of(planes, step * tile.y_begin + corner.dy, corner.dx, height, width, 1, 1);
   // Vectors as long as a row of blocks, where that is short.
-  const auto transform = blocks.columns <= 4      ? transform_pixels<Method, 4>
-                         : blocks.columns <= half ? transform_pixels<Method, half>
-                                                  : transform_pixels<Method, kLanes>;
-  float* pixels = static_cast<float*>(scratch.reserve(2 * patch.size() * 4));
-  float* split = pixels + patch.size();
-  std::fill_n(pixels, 2 * patch.size(), 0.f);
+  const int lanes = blocks.columns <= 4 ? 4 : blocks.columns <= half ? half : kLanes;
+  const auto transform = lanes == 4      ? transform_pixels<Method, 4>
+                         : lanes == half ? transform_pixels<Method, half>
+                                         : transform_pixels<Method, kLanes>;
+  const int64_t read = reach<Method>(blocks.columns, lanes);
+  Layout layout;
+  const int64_t masks_at = layout.add<int32_t>(size * read), zeros_at = layout.add<float>(read);
+  const int64_t copy_at = layout.add<float>(height * width + read + kLanes);
+  char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+  int32_t* masks = reinterpret_cast<int32_t*>(memory + masks_at);
+  float* zeros = reinterpret_cast<float*>(memory + zeros_at);
+  float* copy = reinterpret_cast<float*>(memory + copy_at);
+  std::fill_n(zeros, read, 0.f);
+  std::fill_n(copy, height * width + read + kLanes, 0.f);
+  for (int64_t t = 0; t < blocks.columns; t += lanes)
+    for (int64_t x = 0; x < size; ++x)
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t column = step * (t + i) + x;
+        masks[t * size + x * lanes + i] = column >= window.begin && column < window.end ? -1 : 0;
+      }
+  const int64_t begin = std::clamp<int64_t>(-window.y, 0, height);
+  const int64_t end = std::clamp<int64_t>(planes.height - window.y, begin, height);
+  const bool in_place = planes.scalar == Scalar::f32 && planes.column_stride == 1 && begin < end;
   for (int64_t i = 0; i < unit.live_count; ++i) {
-    copy_route(pixels, step * patch.pitch, conv.source, unit.frame, unit.live[i], window);
+    const Route& route = unit.live[i];
+    const int64_t offset = plane_offset(planes, unit.source_frame + !route.here, route) +
+                           window.y * planes.row_stride + window.x;
+    PixelRows rows = {static_cast<const float*>(planes.data), offset, planes.row_stride, begin, end, zeros};
+    // Whole vectors must not leave the tensor.
+    if (!in_place || (route.here && route.next) || offset + begin * planes.row_stride < 0 ||
+        offset + (end - 1) * planes.row_stride + read > planes.extent) {
+      copy_route(copy, width, planes, unit.source_frame, route, window);
+      rows = {copy, 0, width, 0, height, zeros};
+    }
     const bool last = i + 1 == unit.live_count;
-    transform(patch, pixels, split, blocks.rows, blocks.columns, points + i * blocks.count, slice,
-              last ? RowsAhead() : RowsAhead(conv.source, unit.frame, unit.live[i + 1], window));
+    transform(rows, masks, blocks.rows, blocks.columns, points + i * blocks.count, slice,
+              last ? RowsAhead() : RowsAhead(planes, unit.source_frame, unit.live[i + 1], window));
   }
-  const int64_t span = channel_span(unit.live, unit.live_count);
+  const int64_t span = live_span(conv, unit.live, unit.live_count);
   for (int point = 0; point < Method::size * Method::size; ++point, points += slice)
     for (int64_t t = 0; t < blocks.tail; ++t) {
       float* tail = points + blocks.tails(unit) + t * span;
       std::fill_n(tail, span, 0.f);
       for (int64_t i = 0; i < unit.live_count; ++i)
-        tail[unit.live[i].channel - unit.live[0].channel] = points[(i + 1) * blocks.count - blocks.tail + t];
+        tail[live_number(conv, unit.live[i]) - live_number(conv, unit.live[0])] = points[(i + 1) * blocks.count - blocks.tail + t];
     }
 }
 
@@ -300,7 +357,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
                           Scratch& scratch) {
   constexpr int size = Method::size, sums = Method::sums;
   const Blocks blocks(tile);
-  const int64_t slice = blocks.slice(unit), row_count = tile.row_end - tile.row_begin;
+  const int64_t slice = blocks.slice(conv, unit), row_count = tile.row_end - tile.row_begin;
   Layout layout;
   const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
   const int64_t outputs_at = layout.add<float>(4 * blocks.room);
@@ -313,7 +370,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
 
-  for (int64_t i = 0; i < unit.live_count; ++i) steps[i] = {unit.live[i].channel, int32_t(i * blocks.count)};
+  for (int64_t i = 0; i < unit.live_count; ++i) steps[i] = {int32_t(live_number(conv, unit.live[i])), int32_t(i * blocks.count)};
   int64_t segment_count[2] = {0, 0};
   for (int64_t y = 0; y < blocks.rows; ++y)
     for (int64_t half = 0; half < 2; ++half) {
@@ -341,19 +398,27 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
       const Product product = {rows, steps, unit.live_count, points, zero, terms, term_count};
       Product last = product;
       last.source += blocks.tails(unit);
-      last.step_count = channel_span(unit.live, unit.live_count);
+      last.step_count = live_span(conv, unit.live, unit.live_count);
       float* out = products + first * row_room + sum * blocks.room;
       multiply<0, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
       if (tail > 0) dot(last, count, tail, out + blocks.count - tail, row_room);
     });
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  const Activation activation = conv.accumulates ? Activation::none : conv.activation;
   for (int64_t r = 0; r < row_count; ++r) {
     const Route& route = unit.rows[tile.row_begin + r];
     transform_back<Method>(products + r * row_room, blocks.room, blocks.count,
-                           conv.bias ? conv.bias[route.channel] : 0.f, conv.activation, upper, lower);
-    store_route(conv.target, hop, unit.frame, route, upper, segments, segment_count[0]);
-    store_route(conv.target, hop, unit.frame, route, lower, segments + blocks.rows, segment_count[1]);
+                           conv.bias ? conv.bias[route.channel] : 0.f, activation, upper, lower);
+    for (int half = 0; half < 2 && segment_count[half] > 0; ++half) {
+      float* row = half == 0 ? upper : lower;
+      const Segment* list = segments + half * blocks.rows;
+      if (conv.accumulates) {
+        add_target(conv.target, hop, unit.frame, route, row, list, segment_count[half]);
+        activate(conv.activation, row, 2 * blocks.count);
+      }
+      store_route(conv.target, hop, unit.frame, route, row, list, segment_count[half]);
+    }
   }
 }
 

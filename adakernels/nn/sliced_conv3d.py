@@ -1,0 +1,237 @@
+"""3D convolution that takes only its temporal centre tap for the clips that need no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, cast, overload
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from adakernels import flops
+from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
+from adakernels.nn.gated_conv2d import ACTIVATIONS
+from adakernels.nn.packed_clips import PackedClips
+from adakernels.ops import sliced_conv3d, sliced_conv3d_flops
+
+_Triple: TypeAlias = int | tuple[int, int, int]
+
+
+class SlicedConv3d(nn.Conv3d):
+    """`torch.nn.Conv3d` that a clip may have with all temporal taps or with the centre one (Ada3D, §3.2).
+
+    Takes the constructor arguments of `torch.nn.Conv3d`, has its `state_dict` keys, and is exactly that
+    module when called with a tensor alone.
+
+    Args:
+        norm: normalisation of the computed features: a module, or a callable that makes one from the number
+            of channels (`torch.nn.BatchNorm3d`). Its keys are `norm.*`. A batch normalisation in evaluation
+            mode is folded into the weights.
+        activation: None, "relu", "relu6" or "silu", applied after `norm`.
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+
+    norm: nn.Module | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Triple,
+        stride: _Triple = 1,
+        padding: _Triple | str = 0,
+        dilation: _Triple = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        norm: nn.Module | Callable[[int], nn.Module] | None = None,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        if activation not in ACTIVATIONS:
+            names = ", ".join(repr(name) for name in ACTIVATIONS)
+            raise ValueError(f"SlicedConv3d: expected activation to be one of {names}, got {activation!r}")
+        if not (norm is None or isinstance(norm, nn.Module)):
+            norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
+        self.norm = norm
+        self.activation = activation
+        self._folded: FoldCache = FoldCache()
+
+    @overload
+    def forward(self, input: Tensor, temporal: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, input: PackedClips, temporal: Tensor | None = None) -> PackedClips: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedClips,  # [B, C_in, T, H, W] | [sum T, C_in, H, W]
+        temporal: Tensor | None = None,  # [B]
+    ) -> Tensor | PackedClips:
+        """Convolution, normalisation and activation, as `ak.sliced_conv3d`.
+
+        Args:
+            input: clips of one length, or packed ones.
+            temporal: bool [B]; False takes the centre tap only. None takes all taps.
+
+        Returns:
+            [B, C_out, T', H', W'], or packed [sum T, C_out, H', W'].
+
+        Raises:
+            ValueError, TypeError: as `ak.sliced_conv3d`; for packed clips with a padding of other than zeros.
+        """
+        return sliced_conv_norm_act(self, self.norm, self.activation, input, temporal)
+
+    def train(self, mode: bool = True) -> SlicedConv3d:
+        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded so far."""
+        self._folded.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The arguments of the convolution, and the activation if there is one."""
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
+
+
+@overload
+def sliced_conv_norm_act(
+    conv: SlicedConv3d, norm: nn.Module | None, activation: str | None, input: Tensor, temporal: Tensor | None
+) -> Tensor: ...
+
+
+@overload
+def sliced_conv_norm_act(
+    conv: SlicedConv3d,
+    norm: nn.Module | None,
+    activation: str | None,
+    input: PackedClips,
+    temporal: Tensor | None,
+) -> PackedClips: ...
+
+
+def sliced_conv_norm_act(
+    conv: SlicedConv3d,
+    norm: nn.Module | None,
+    activation: str | None,
+    input: Tensor | PackedClips,  # [B, C_in, T, H, W] | [sum T, C_in, H, W]
+    temporal: Tensor | None = None,  # [B]
+) -> Tensor | PackedClips:
+    """`activation(norm(conv(input, temporal)))`, for a norm that `conv` need not hold itself.
+
+    Where `norm` is an affine map with fixed coefficients it is folded into the weights.
+
+    Returns:
+        [B, C_out, T', H', W'], or packed [sum T, C_out, H', W'].
+    """
+    if norm is None or is_foldable(norm):
+        weight, bias = conv.weight, conv.bias
+        if norm is not None:
+            weight, bias = folded_batch_norm(weight, bias, cast(_BatchNorm, norm), conv._folded)
+        if isinstance(input, Tensor):
+            return _clips(conv, weight, bias, activation, input, temporal)
+        return _packed(conv, weight, bias, activation, input, temporal)
+    if isinstance(input, Tensor):
+        return ACTIVATIONS[activation](norm(_clips(conv, conv.weight, conv.bias, None, input, temporal)))
+    output = _packed(conv, conv.weight, conv.bias, None, input, temporal)
+    # As clips of one frame, which a normalisation over all of a batch does not tell apart.
+    return output.map(lambda frames: ACTIVATIONS[activation](norm(frames.unsqueeze(2)).squeeze(2)))
+
+
+def _clips(
+    conv: SlicedConv3d,
+    weight: Tensor,  # [C_out, C_in / groups, kt, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    activation: str | None,
+    input: Tensor,  # [B, C_in, T, H, W]
+    temporal: Tensor | None,  # [B]
+) -> Tensor:  # [B, C_out, T', H', W']
+    if temporal is None:
+        output = conv._conv_forward(input, weight, bias)
+        if flops.counting:
+            flops.record_dense("conv3d", output, weight[0].numel())
+        return ACTIVATIONS[activation](output)
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros":
+        input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    return sliced_conv3d(
+        input,
+        weight,
+        bias,
+        temporal,
+        stride=conv.stride,
+        padding=padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        activation=activation,
+    )
+
+
+def _packed(
+    conv: SlicedConv3d,
+    weight: Tensor,  # [C_out, C_in / groups, kt, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    activation: str | None,
+    clips: PackedClips,
+    temporal: Tensor | None,  # [B]
+) -> PackedClips:
+    if conv.padding_mode != "zeros":
+        raise ValueError(
+            f"SlicedConv3d: expected padding_mode 'zeros' with packed clips, got {conv.padding_mode!r}"
+        )
+    pads_in_time = not isinstance(conv.padding, str) and conv.padding[0] > 0
+    if conv.kernel_size[0] == 1 and conv.stride[0] == 1 and not pads_in_time:
+        frames = _frame_by_frame(conv, weight, bias, activation, clips)
+    else:
+        frames = sliced_conv3d(
+            clips.frames,
+            weight,
+            bias,
+            temporal,
+            stride=conv.stride,
+            padding=cast(Any, conv.padding),
+            dilation=conv.dilation,
+            groups=conv.groups,
+            frame_offsets=clips.offsets,
+            activation=activation,
+        )
+    if flops.counting and clips.length is not None:
+        flops.stretch_last(clips.length * clips.batch / max(1, len(frames)))
+    return replace(clips, frames=frames)
+
+
+def _frame_by_frame(
+    conv: SlicedConv3d,
+    weight: Tensor,  # [C_out, C_in / groups, 1, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    activation: str | None,
+    clips: PackedClips,
+) -> Tensor:  # [sum T, C_out, H', W']
+    padding: Any = conv.padding if isinstance(conv.padding, str) else conv.padding[1:]
+    frames = F.conv2d(
+        clips.frames, weight.squeeze(2), bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups
+    )
+    if flops.counting:
+        counts = sliced_conv3d_flops(
+            weight.shape, batch=clips.batch, output_size=(1, *frames.shape[2:]), frame_offsets=clips.offsets
+        )
+        flops.record("conv3d", *counts)
+    return ACTIVATIONS[activation](frames)

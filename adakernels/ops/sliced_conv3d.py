@@ -1,0 +1,483 @@
+"""sliced_conv3d: a 3D convolution that takes only its temporal centre tap where a clip needs no more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adakernels import backends, flops
+from adakernels.ops import _checks
+from adakernels.ops._checks import Facts, facts, optional_facts
+from adakernels.ops._conv_arguments import (
+    ACTIVATIONS,
+    ConvArguments,
+    activate,
+    autocast,
+    before_activation,
+    can_run_triton,
+    conv_arguments,
+    empty_output,
+)
+from adakernels.ops._layout import dense, empty_in_format
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
+
+library.define(
+    "sliced_conv3d(Tensor input, Tensor weight, Tensor? bias, Tensor? temporal, Tensor? frame_offsets, "
+    "SymInt[3] stride, SymInt[3] padding, SymInt[3] dilation, SymInt groups, int activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+library.define(
+    "sliced_conv3d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? temporal, "
+    "Tensor? frame_offsets, SymInt[3] stride, SymInt[3] padding, SymInt[3] dilation, SymInt groups, "
+    "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", kernels=("triton",))
+
+
+def sliced_conv3d_reference(
+    input: Tensor,  # [B, C_in, T, H, W] | [sum T, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kt, kh, kw]
+    bias: Tensor | None = None,  # [C_out]
+    temporal: Tensor | None = None,  # [B]
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    frame_offsets: Tensor | None = None,  # [B + 1]
+    activation: str | None = None,
+) -> Tensor:  # [B, C_out, T', H', W'] | [sum T, C_out, H', W']
+    """`sliced_conv3d` in plain PyTorch, without validation: everything is computed, then masked.
+
+    With `frame_offsets` padding and dilation are given as numbers, as they come from the public function.
+    """
+    centre = weight.shape[2] // 2
+    if frame_offsets is None:
+        output = F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        if temporal is not None:
+            is_centre = torch.arange(weight.shape[2], device=weight.device) == centre
+            sliced = torch.where(is_centre[:, None, None], weight, 0)
+            without = F.conv3d(input, sliced, bias, stride, padding, dilation, groups)
+            output = torch.where(temporal[:, None, None, None, None], output, without)
+        return activate(output, activation)
+    pads, steps, strides = (_three(value) for value in (padding, dilation, stride))
+    frames = torch.arange(input.shape[0], device=input.device)
+    clip = torch.searchsorted(frame_offsets, frames, right=True) - 1
+    begin, end = frame_offsets[clip], frame_offsets[clip + 1]
+    taps = []
+    for j in range(weight.shape[2]):
+        source = frames + j * steps[0] - pads[0]
+        live = (source >= begin) & (source < end)
+        if temporal is not None and j != centre:
+            live = live & temporal[clip]
+        shifted = input[torch.where(live, source, frames)]
+        shifted = torch.where(live[:, None, None, None], shifted, 0)
+        taps.append(F.conv2d(shifted, weight[:, :, j], None, strides[1:], pads[1:], steps[1:], groups))
+    output = torch.stack(taps).sum(0)
+    return activate(output if bias is None else output + bias[:, None, None], activation)
+
+
+def _three(value: Any) -> tuple[int, ...]:
+    return (value,) * 3 if isinstance(value, int) else tuple(value)
+
+
+@torch.library.register_fake("adakernels::sliced_conv3d", lib=library)
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temporal: Tensor | None,
+    frame_offsets: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+) -> Tensor:
+    if frame_offsets is None:
+        return empty_output(input, weight, stride, padding, dilation)
+    return empty_output(input, weight[:, :, 0], stride[1:], padding[1:], dilation[1:])
+
+
+@torch.library.register_fake("adakernels::sliced_conv3d_backward", lib=library)
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    temporal: Tensor | None,
+    frame_offsets: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    grad_input: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_in_format(input, input.shape if grad_input else (0,)),
+        weight.new_empty(weight.shape if grad_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if grad_bias else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, temporal, frame_offsets, *ctx.conv, activation = inputs
+    ctx.activation = ACTIVATIONS[activation]
+    saved = output if ctx.activation in ("relu", "relu6") else None
+    ctx.save_for_backward(input, weight, bias, temporal, frame_offsets, saved)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, temporal, frame_offsets, output = ctx.saved_tensors
+
+    def linear() -> Tensor:
+        none = ACTIVATIONS.index(None)
+        op = torch.ops.adakernels.sliced_conv3d.default
+        result: Tensor = op(input, weight, bias, temporal, frame_offsets, *ctx.conv, none)
+        return result
+
+    grad_output = before_activation(grad_output, ctx.activation, output, linear)
+    wanted = ctx.needs_input_grad[:3]
+    grads = torch.ops.adakernels.sliced_conv3d_backward.default(
+        dense(grad_output, like=input), input, weight, temporal, frame_offsets, *ctx.conv, *wanted
+    )
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("sliced_conv3d: no second derivative; adakernels.use_backend('reference') has it")
+
+
+torch.library.register_autograd(
+    "adakernels::sliced_conv3d", _backward, setup_context=_setup_context, lib=library
+)
+torch.library.register_autograd("adakernels::sliced_conv3d_backward", _refuse_double_backward, lib=library)
+
+
+@flop_formula(torch.ops.adakernels.sliced_conv3d)
+def _dense_flops(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+
+
+@flop_formula(torch.ops.adakernels.sliced_conv3d_backward)
+def _dense_backward_flops(
+    grad_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    grad_input, grad_weight = args[-3:-1]
+    return (grad_input + grad_weight) * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+
+
+def sliced_conv3d_flops(
+    weight_shape: Sequence[int],
+    temporal: Tensor | None = None,  # [B]
+    *,
+    batch: int,
+    output_size: Sequence[int],
+    frame_offsets: Tensor | None = None,  # [B + 1]
+) -> tuple[float, Tensor]:  # [B]
+    """Multiply-adds of one clip (of mean length) computed densely, and those of every clip.
+
+    A frame costs H' W' times the size of the weight, of which a clip whose `temporal` is False takes one of
+    kt parts. Products with zero padding count.
+
+    Args:
+        weight_shape: [C_out, C_in/groups, kt, kh, kw].
+        temporal: as in `sliced_conv3d`.
+        batch: number of clips B.
+        output_size: (T', H', W'); T' is not used with `frame_offsets`.
+        frame_offsets: as in `sliced_conv3d`.
+
+    Returns:
+        The dense count of a clip, and a float64 [B] tensor of the counts that remain.
+    """
+    frame = float(math.prod(weight_shape) * math.prod(output_size[1:]))
+    if frame_offsets is not None:
+        frames = frame_offsets.diff().double()
+    else:
+        device = None if temporal is None else temporal.device
+        frames = torch.full((batch,), float(output_size[0]), dtype=torch.float64, device=device)
+    share = torch.ones_like(frames)
+    if temporal is not None:
+        share = torch.where(temporal, share, 1 / weight_shape[2])
+    return frame * (float(frames.mean()) if batch else 0.0), frame * frames * share
+
+
+def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the C++ kernels can run a call on such tensors."""
+    if not backends.can_run_cpu("sliced_conv3d", input[2], input[1], raise_error=raise_error):
+        return False
+    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
+    return groups in (1, input[0][1]) or backends.refuse("sliced_conv3d", "cpu", reason, raise_error)
+
+
+def _predicates(
+    input: Facts, temporal: Facts | None, frame_offsets: Facts | None, groups: int
+) -> Mapping[str, backends.Predicate]:
+    if temporal is None and frame_offsets is None:
+        return {}
+    return {
+        "cuda": partial(backends.has_no_kernel, "sliced_conv3d", "cuda"),
+        "triton": partial(can_run_triton, "sliced_conv3d", input, groups),
+        "cpu": partial(can_run_cpu, input, groups),
+    }
+
+
+def _check(
+    input: Facts,
+    weight: Facts,
+    bias: Facts | None,
+    temporal: Facts | None,
+    frame_offsets: Facts | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+) -> ConvArguments:
+    op = "sliced_conv3d"
+    arguments = weight, bias, stride, padding, dilation, groups, activation
+    if frame_offsets is None:
+        conv = conv_arguments(op, input, *arguments, rank=3)
+        batch = input[0][0]
+    else:
+        _checks.check_rank(op, "packed input", input[0], "sum T, C_in, H, W")
+        rows, channels, *image = input[0]
+        # As far as the geometry goes, packed frames are clips of one frame.
+        conv = conv_arguments(op, (torch.Size((rows, channels, 1, *image)), *input[1:]), *arguments, rank=3)
+        taps = weight[0][2]
+        _checks.check_value(
+            conv.stride[0] == 1 and 2 * conv.padding[0] == conv.dilation[0] * (taps - 1),
+            lambda: (
+                f"{op}: expected a convolution that keeps the number of frames with frame_offsets, got "
+                f"stride {conv.stride[0]}, padding {conv.padding[0]} and dilation {conv.dilation[0]} in time "
+                f"for {taps} taps"
+            ),
+        )
+        _checks.check_rank(op, "frame_offsets", frame_offsets[0], "B + 1")
+        _checks.check_type(
+            frame_offsets[1] == torch.int32,
+            lambda: (
+                f"{op}: expected frame_offsets of dtype int32, got {_checks.dtype_name(frame_offsets[1])}"
+            ),
+        )
+        _checks.check_value(
+            frame_offsets[0][0] >= 1, lambda: f"{op}: expected frame_offsets of shape [B + 1], got [0]"
+        )
+        _checks.check_same(op, "frame_offsets", frame_offsets, "input", input, dtype=False)
+        batch = frame_offsets[0][0] - 1
+    if temporal is not None:
+        _checks.check_type(
+            temporal[1] == torch.bool,
+            lambda: f"{op}: expected temporal of dtype bool, got {_checks.dtype_name(temporal[1])}",
+        )
+        _checks.check_shape(op, "temporal", temporal[0], (batch,), "B")
+        _checks.check_same(op, "temporal", temporal, "input", input, dtype=False)
+    return conv
+
+
+class _Plan(NamedTuple):
+    backend: str
+    conv: ConvArguments
+
+
+@_checks.cached
+def _plan(
+    requested: str,
+    input: Facts,
+    weight: Facts,
+    bias: Facts | None,
+    temporal: Facts | None,
+    frame_offsets: Facts | None,
+    *arguments: Any,
+) -> _Plan:
+    """Validate a call and choose its backend."""
+    conv = _check(input, weight, bias, temporal, frame_offsets, *arguments)
+    predicates = _predicates(input, temporal, frame_offsets, conv.groups)
+    return _Plan(backends.choose(requested, predicates), conv)
+
+
+def sliced_conv3d(
+    input: Tensor,  # [B, C_in, T, H, W] | [sum T, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kt, kh, kw]
+    bias: Tensor | None = None,  # [C_out]
+    temporal: Tensor | None = None,  # [B]
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    frame_offsets: Tensor | None = None,  # [B + 1]
+    activation: str | None = None,
+) -> Tensor:  # [B, C_out, T', H', W'] | [sum T, C_out, H', W']
+    """3D convolution of which clips take all temporal taps or only the centre one, as a 2D convolution would.
+
+    A clip whose `temporal` is False gets what the same convolution gives with all temporal taps of the weight
+    but number kt // 2 set to zero, so its output has the same shape; the other taps are neither computed nor
+    given a gradient by it.
+    Source: Ada3D (Li et al., CVPR 2021), §3.2.
+
+    Args:
+        input: [B, C_in, T, H, W], contiguous or channels last; or, with `frame_offsets`, the frames of all
+            clips one after the other, [sum T, C_in, H, W].
+        weight: [C_out, C_in/groups, kt, kh, kw], of the input's dtype.
+        bias: [C_out] or None.
+        temporal: bool [B]; None stands for True throughout.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv3d`. With `frame_offsets` the
+            convolution has to keep the number of frames: in time, stride 1 and
+            2 * padding = dilation * (kt - 1).
+        frame_offsets: int32 [B + 1], increasing from 0 to sum T: clip b has the rows from frame_offsets[b] to
+            frame_offsets[b + 1], of which there may be none. Frames outside of its own count as zeros to it.
+        activation: None, "relu", "relu6" or "silu".
+
+    Returns:
+        [B, C_out, T', H', W'], or packed [sum T, C_out, H', W'], in the input's dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or offsets that
+            are none (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
+    """
+    op = "sliced_conv3d"
+    input, weight, bias = autocast(facts(op, "input", input)[2], input, weight, bias)
+    backend, conv = _plan(
+        backends.requested_backend(),
+        facts(op, "input", input),
+        facts(op, "weight", weight),
+        optional_facts(op, "bias", bias),
+        optional_facts(op, "temporal", temporal),
+        optional_facts(op, "frame_offsets", frame_offsets),
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+    )
+    if flops.counting and not torch.compiler.is_compiling():
+        batch = len(input) if frame_offsets is None else len(frame_offsets) - 1
+        counts = sliced_conv3d_flops(
+            weight.shape, temporal, batch=batch, output_size=conv.output, frame_offsets=frame_offsets
+        )
+        flops.record(op, *counts)
+    if conv.pad:
+        input = F.pad(input, conv.pad if frame_offsets is None else conv.pad[:4])
+    return _run(backend, conv, input, weight, bias, temporal, frame_offsets)
+
+
+def _run(
+    backend: str,
+    conv: ConvArguments,
+    input: Tensor,  # [B, C_in, T, H, W] | [sum T, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kt, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    temporal: Tensor | None,  # [B]
+    frame_offsets: Tensor | None,  # [B + 1]
+) -> Tensor:  # [B, C_out, T', H', W'] | [sum T, C_out, H', W']
+    if backend == "reference":
+        if frame_offsets is not None:
+            frame_offsets = checked_offsets(frame_offsets, input.shape[0])
+        output = sliced_conv3d_reference(
+            input,
+            weight,
+            bias,
+            temporal,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            frame_offsets=frame_offsets,
+            activation=ACTIVATIONS[conv.activation],
+        )
+        return dense(output, like=input)
+    return call(
+        torch.ops.adakernels.sliced_conv3d.default,
+        dense(input),
+        weight,
+        bias,
+        None if temporal is None else temporal.contiguous(),
+        None if frame_offsets is None else frame_offsets.contiguous(),
+        *conv[:4],
+        conv.activation,
+    )
+
+
+# An operator, so that the check also runs inside a compiled graph.
+library.define("checked_offsets(Tensor offsets, SymInt rows) -> Tensor")
+
+
+@torch.library.impl(library, "checked_offsets", "CompositeExplicitAutograd")
+def _checked_offsets(offsets: Tensor, rows: int) -> Tensor:
+    if offsets.device.type == "cpu" or _checks.debugging():
+        values = offsets.tolist()
+        expected = "sliced_conv3d: expected frame_offsets"
+        _checks.check_value(values[0] == 0, lambda: f"{expected} to start at 0, got {values[0]}")
+        falls = [(after, before) for before, after in pairwise(values) if after < before]
+        _checks.check_value(
+            not falls, lambda: "{} that do not decrease, got {} after {}".format(expected, *falls[0])
+        )
+        _checks.check_value(
+            values[-1] == rows,
+            lambda: f"{expected} to end at the number of frames, {rows}, got {values[-1]}",
+        )
+    return offsets.clone()
+
+
+@torch.library.register_fake("adakernels::checked_offsets", lib=library)
+def _checked_offsets_fake(offsets: Tensor, rows: int) -> Tensor:
+    return torch.empty_like(offsets)
+
+
+def checked_offsets(
+    offsets: Tensor,  # [B + 1]
+    rows: int,
+) -> Tensor:  # [B + 1]
+    """Frame offsets, looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`.
+
+    Raises:
+        ValueError: unless they start at 0, do not decrease and end at the number of rows.
+    """
+    result: Tensor = torch.ops.adakernels.checked_offsets.default(offsets, rows)
+    return result
+
+
+@backends.explains(sliced_conv3d)
+def _explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temporal: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    frame_offsets: Tensor | None = None,
+    activation: str | None = None,
+) -> Mapping[str, backends.Predicate]:
+    op = "sliced_conv3d"
+    tensors = (
+        facts(op, "input", input),
+        facts(op, "weight", weight),
+        optional_facts(op, "bias", bias),
+        optional_facts(op, "temporal", temporal),
+        optional_facts(op, "frame_offsets", frame_offsets),
+    )
+    _check(*tensors, stride, padding, dilation, groups, activation)
+    return _predicates(tensors[0], *tensors[3:], groups)

@@ -1,0 +1,230 @@
+// sliced_conv3d for the CPU: turns the clips' flags and offsets into ranges of frames and temporal taps, and hands them
+// to the convolution core.
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "convolve.h"
+#include "schedule.h"
+#include "tensors.h"
+
+namespace adakernels {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr char kName[] = "sliced_conv3d";
+
+// Throws unless the offsets start at 0, do not decrease and end at the number of rows.
+const int32_t* checked_offsets(const Tensor& offsets,  // [B + 1]
+                               int64_t rows) {
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) > 0 &&
+                      offsets.is_contiguous(),
+                  "sliced_conv3d: expected contiguous int32 frame_offsets of shape [B + 1]");
+  const auto* values = static_cast<const int32_t*>(offsets.const_data_ptr());
+  const int64_t count = offsets.size(0);
+  // The dispatcher hands this type on to Python as a ValueError.
+  const auto refuse = [](const std::string& what) { throw std::invalid_argument("sliced_conv3d: expected " + what); };
+  if (values[0] != 0) refuse("frame_offsets to start at 0, got " + std::to_string(values[0]));
+  for (int64_t b = 1; b < count; ++b)
+    if (values[b] < values[b - 1])
+      refuse("frame_offsets that do not decrease, got " + std::to_string(values[b]) + " after " +
+             std::to_string(values[b - 1]));
+  if (values[count - 1] != rows)
+    refuse("frame_offsets to end at the number of frames, " + std::to_string(rows) + ", got " +
+           std::to_string(values[count - 1]));
+  return values;
+}
+
+Problem checked_problem(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& frame_offsets,
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                        const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(weight.dim() == 5 && input.dim() == (frame_offsets.has_value() ? 4 : 5),
+                  "sliced_conv3d: expected a weight of 5 dimensions, and an input of 5, or of 4 with frame_offsets");
+  return problem_of(kName, input, weight, stride, padding, dilation, groups);
+}
+
+// The clips of one call, and the lists that its units read.
+class Domain {
+ public:
+  Domain(const Problem& problem,
+         const Tensor& input,                          // [B, C_in, T, H, W] | [sum T, C_in, H, W]
+         const Tensor& output,                         // [B, C_out, T', H', W'] | [sum T, C_out, H', W']
+         const std::optional<Tensor>& temporal,        // [B]
+         const std::optional<Tensor>& frame_offsets)   // [B + 1]
+      : problem_(problem), input_routes_(problem.in_channels), output_routes_(problem.out_channels) {
+    const int64_t count = frame_offsets.has_value() ? frame_offsets->size(0) - 1 : input.size(0);
+    STD_TORCH_CHECK(!temporal.has_value() ||
+                        (temporal->scalar_type() == ScalarType::Bool && temporal->dim() == 1 &&
+                         temporal->size(0) == count && temporal->is_contiguous()),
+                    "sliced_conv3d: expected a contiguous bool temporal of shape [B]");
+    const bool* whole = temporal.has_value() ? static_cast<const bool*>(temporal->const_data_ptr()) : nullptr;
+    const int32_t* offsets = frame_offsets.has_value() ? checked_offsets(*frame_offsets, input.size(0)) : nullptr;
+    const int64_t centre = problem.t.size / 2;
+    for (int64_t b = 0; b < count; ++b) {
+      const bool all_taps = whole == nullptr || whole[b];
+      Clip clip = {.tap_begin = all_taps ? 0 : centre, .tap_end = all_taps ? problem.t.size : centre + 1};
+      if (offsets != nullptr) {
+        clip.input = clip.output = offsets[b];
+        clip.input_frames = clip.output_frames = offsets[b + 1] - offsets[b];
+      } else {
+        clip.input = b * clip_stride(input);
+        clip.output = b * clip_stride(output);
+        clip.input_frames = input.size(2);
+        clip.output_frames = output.size(2);
+      }
+      clips_.push_back(clip);
+    }
+  }
+
+  const std::vector<Clip>& clips() const { return clips_; }
+
+  MakeUnits units() {
+    return [this](const WeightStrides& strides, bool whole_frames) {
+      return clip_units(problem_, strides, clips_, output_routes_, input_routes_, whole_frames);
+    };
+  }
+  MakeUnits gradient_units() {
+    return [this](const WeightStrides& strides, bool) {
+      return clip_gradient_units(problem_, strides, clips_, input_routes_, output_routes_);
+    };
+  }
+
+ private:
+  const Problem& problem_;
+  TapRoutes input_routes_, output_routes_;
+  std::vector<Clip> clips_;
+};
+
+// Whether PyTorch's own convolution, oneDNN, computes runs of clips that have the same taps: it is the faster one where
+// channels are innermost in memory, as it wants them, and not very few.
+bool runs_on_torch(const Problem& problem, const Tensor& input) {
+  constexpr int64_t kFewestChannels = 16;
+  const KernelAxis& t = problem.t;
+  return problem.group_count == 1 && problem.in_channels >= kFewestChannels && is_channels_last(input) &&
+         t.stride == 1 && t.size % 2 == 1 && 2 * t.padding == t.dilation * (t.size - 1);
+}
+
+// A view of `count` clips of so many frames each, or of single frames, in channels-last memory.
+Tensor clips_view(const Tensor& tensor, int64_t first_frame, int64_t count, int64_t frames, bool single) {
+  const int64_t rank = tensor.dim(), C = tensor.size(1), H = tensor.size(rank - 2), W = tensor.size(rank - 1);
+  const int64_t frame = H * W * C;
+  char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) +
+               first_frame * frame * int64_t(tensor.element_size());
+  std::vector<int64_t> sizes = {count, C, frames, H, W}, strides = {frames * frame, 1, frame, W * C, C};
+  if (single) {
+    sizes = {count * frames, C, H, W};
+    strides = {frame, 1, W * C, C};
+  }
+  return torch::stable::from_blob(data, sizes, strides, tensor.device(), tensor.scalar_type());
+}
+
+Tensor torch_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                         const std::vector<int64_t>& dilation) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack = {
+      from(input),    from(weight), from(bias),
+      from(stride),   from(padding), from(dilation),
+      from(false),    from(std::vector<int64_t>(stride.size(), 0)), from(int64_t(1))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Runs of neighbouring clips with the same taps are one call each: of single frames for the centre tap, of clips of one
+// length for all taps.
+void convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, const Tensor& input,
+                       const Tensor& weight, const std::optional<Tensor>& bias, Activation activation,
+                       const Tensor& output) {
+  const KernelAxis &t = problem.t, &y = problem.y, &x = problem.x;
+  const Kernels& kernels = best_kernels();
+  const Scalar scalar = planes_of(output).scalar;
+  const int64_t frame_size = problem.out_channels * output.size(output.dim() - 2) * output.size(output.dim() - 1);
+  std::optional<Tensor> centre;
+  for (size_t begin = 0, end; begin < clips.size(); begin = end) {
+    const Clip& first = clips[begin];
+    const bool sliced = first.tap_end - first.tap_begin < t.size;
+    int64_t frames = first.input_frames;
+    for (end = begin + 1; end < clips.size() && clips[end].tap_begin == first.tap_begin; ++end) {
+      if (!sliced && clips[end].input_frames != first.input_frames) break;
+      frames += clips[end].input_frames;
+    }
+    if (frames == 0) continue;
+    Tensor result = [&] {
+      if (!sliced) {
+        const Tensor view = clips_view(input, first.input, int64_t(end - begin), first.input_frames, false);
+        return torch_convolution(view, weight, bias, {t.stride, y.stride, x.stride}, {t.padding, y.padding, x.padding},
+                                 {t.dilation, y.dilation, x.dilation});
+      }
+      if (!centre.has_value()) centre = torch::stable::select(weight, 2, t.size / 2);
+      const Tensor view = clips_view(input, first.input, 1, frames, true);
+      return torch_convolution(view, *centre, bias, {y.stride, x.stride}, {y.padding, x.padding},
+                               {y.dilation, x.dilation});
+    }();
+    using torch::headeronly::MemoryFormat;
+    if (!has_format(result, true))
+      result = torch::stable::contiguous(result, sliced ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+    const char* from = static_cast<const char*>(result.const_data_ptr());
+    char* to = static_cast<char*>(output.mutable_data_ptr()) +
+               first.output * frame_size * int64_t(output.element_size());
+    constexpr int64_t chunk = 64 * 1024;
+    const int64_t count = frames * frame_size;
+    run_tasks(ceil_div(count, chunk), double(count), [&](int64_t i, Scratch&) {
+      const int64_t at = i * chunk * int64_t(output.element_size());
+      kernels.activate_values(activation, scalar, from + at, to + at, std::min(chunk, count - i * chunk));
+    });
+  }
+}
+
+Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
+                     const Tensor& weight,                        // [C_out, C_in / groups, kt, kh, kw]
+                     const std::optional<Tensor>& bias,           // [C_out]
+                     const std::optional<Tensor>& temporal,       // [B]
+                     const std::optional<Tensor>& frame_offsets,  // [B + 1]
+                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                     int64_t groups, int64_t activation) {
+  const Problem problem = checked_problem(input, weight, frame_offsets, stride, padding, dilation, groups);
+  Tensor output = empty_like_format(input, output_sizes(problem, input));
+  Domain domain(problem, input, output, temporal, frame_offsets);
+  if (output.numel() > 0 && runs_on_torch(problem, input)) {
+    convolve_on_torch(problem, domain.clips(), input, weight, bias, Activation(activation), output);
+    return output;
+  }
+  convolve(problem, input, weight, bias, activation, output, domain.units(), no_channels());
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sliced_conv3d_backward(
+    const Tensor& grad_output,                   // [B, C_out, T', H', W'] | [sum T, C_out, H', W']
+    const Tensor& input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
+    const Tensor& weight,                        // [C_out, C_in / groups, kt, kh, kw]
+    const std::optional<Tensor>& temporal,       // [B]
+    const std::optional<Tensor>& frame_offsets,  // [B + 1]
+    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+    bool want_input, bool want_weight, bool want_bias) {
+  const Problem problem = checked_problem(input, weight, frame_offsets, stride, padding, dilation, groups);
+  check_gradient(problem, grad_output, input);
+  Domain domain(problem, input, grad_output, temporal, frame_offsets);
+  return convolution_gradients(problem, grad_output, input, weight, domain.units(), domain.gradient_units(),
+                               no_channels(), want_input, want_weight, want_bias);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(adakernels, CPU, m) {
+  m.impl("sliced_conv3d", TORCH_BOX(&sliced_conv3d));
+  m.impl("sliced_conv3d_backward", TORCH_BOX(&sliced_conv3d_backward));
+}
+
+}  // namespace adakernels
