@@ -40,9 +40,19 @@ def run_on_gpu(*names: str, kernels: Sequence[str] = backends.ON_GPU) -> None:
 
 def _gpu_entry(name: str, kernels: Sequence[str] = backends.ON_GPU) -> Callable[..., Any]:
     compiled = getattr(torch.ops.adakernels_cuda, name).default
+    names = [argument.name for argument in compiled._schema.arguments]
+    of_a_convolution = "weight" in names and "groups" in names
+    places = [
+        names.index("input") if "input" in names else 0,
+        names.index("weight") if of_a_convolution else None,
+        names.index("groups") if of_a_convolution else None,
+    ]
 
     def entry(*args: Any) -> Any:
-        if backends.gpu_backend(kernels) == "cuda":
+        input, weight, groups = (args[place] if place is not None else None for place in places)
+        facts = (input.shape, input.dtype, input.device)
+        conv = () if weight is None else (weight.shape, groups)
+        if backends.gpu_backend(name, kernels, facts, *conv) == "cuda":
             _hand_over_precision()
             return compiled(*args)
         # Imports Triton, which takes a while.
