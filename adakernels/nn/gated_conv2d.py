@@ -188,7 +188,7 @@ def conv_norm_add_act(
             target, input, weight, bias, in_policy, conv.stride, padding, conv.dilation, activation
         )
     output = conv_norm_act(conv, norm, None, input, in_policy=in_policy)
-    return _ACTIVATIONS[activation](output.add_(residual))
+    return ACTIVATIONS[activation](output.add_(residual))
 
 
 def _conv_act(
