@@ -77,7 +77,9 @@ def sliced_conv3d(
     offsets = torch.zeros(3, dtype=torch.int32) if packed else None
     convolution = [1, stride, stride], [1, 1, 1], [1, 1, 1], groups
     output = kernels.sliced_conv3d(input, weight, weight[:, 0, 0, 0, 0], temporal, offsets, *convolution, 1)
-    kernels.sliced_conv3d_backward(output, input, weight, temporal, offsets, *convolution, True, True, False)
+    kernels.sliced_conv3d_backward(
+        output, input, weight, temporal, offsets, *convolution, True, True, False
+    )
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

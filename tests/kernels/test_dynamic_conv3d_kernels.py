@@ -58,21 +58,9 @@ CASES = {
     "frames only, taps in time": Case(
         ((0, 1), (0.4, 0.3)), None, 5, 4, 5, (2, 3), (3, 1, 1), (2, 1, 1), (1, 0, 0), activation="silu"
     ),
-    "channels only, two blocks": Case(
-        None, ((0, 0, 1), (0, 0.5, 0.5)), 1, 3, 66, (2, 2), (1, 1, 1), padding=(0, 0, 0)
-    ),
+    "channels only, two blocks": Case(None, ((0, 0, 1), (0, 0.5, 0.5)), 1, 3, 66, (2, 2), (1, 1, 1), padding=(0, 0, 0)),
     "dilated in time, filters of one tap": Case(
-        ((0, 1, 0), (0, 0, 1)),
-        ((0, 1), (1, 0)),
-        7,
-        3,
-        6,
-        (3, 3),
-        (3, 1, 2),
-        (1, 1, 2),
-        (2, 0, 1),
-        (2, 1, 1),
-        filters=1,
+        ((0, 1, 0), (0, 0, 1)), ((0, 1), (1, 0)), 7, 3, 6, (3, 3), (3, 1, 2), (1, 1, 2), (2, 0, 1), (2, 1, 1), filters=1
     ),
     "depthwise": Case(
         ((0, 0.5), (1, 0)), ((0, 1), (1, 0)), 3, 5, 5, (3, 3), (3, 1, 3), padding=(1, 0, 1), groups=5
@@ -83,7 +71,9 @@ CASES = {
 FORMS = [(torch.float32, torch.contiguous_format), (torch.float16, torch.channels_last_3d)]
 
 
-def make(case: Case, dtype: torch.dtype, format: torch.memory_format, device: str) -> list[Tensor | None]:
+def make(
+    case: Case, dtype: torch.dtype, format: torch.memory_format, device: str
+) -> list[Tensor | None]:
     """Input, weight, bias, both gates, and the filters of frames and of channels."""
     generator = torch.Generator().manual_seed(0)
 
@@ -101,14 +91,11 @@ def make(case: Case, dtype: torch.dtype, format: torch.memory_format, device: st
         randn(case.out_channels),
         gate(case.temporal, levels[0]),
         gate(case.channel, levels[1]),
-        randn(2 ** (levels[0] - 1) - 1, *filters) / case.filters
-        if levels[0] > 1 and case.temporal is not None
-        else None,
+        randn(2 ** (levels[0] - 1) - 1, *filters) / case.filters if levels[0] > 1 and case.temporal is not None else None,
         randn(*filters) / case.filters if levels[1] > 1 and case.channel is not None else None,
     ]
     return [
-        tensor if i in (3, 4) or tensor is None else tensor.to(device, dtype)
-        for i, tensor in enumerate(tensors)
+        tensor if i in (3, 4) or tensor is None else tensor.to(device, dtype) for i, tensor in enumerate(tensors)
     ]
 
 
@@ -154,9 +141,7 @@ def test_gradients(kernels: Any, case: Case, dtype: torch.dtype, format: torch.m
     output = expected(case, *leaves)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(kernels.device, dtype)
     wanted = [tensor is not None for tensor in tensors]
-    found = kernels.dynamic_conv3d_backward(
-        dense(grad, like=tensors[0]), *tensors, *case.convolution, *wanted
-    )
+    found = kernels.dynamic_conv3d_backward(dense(grad, like=tensors[0]), *tensors, *case.convolution, *wanted)
     given = [leaf for leaf in leaves if leaf is not None]
     exact_grads = iter(torch.autograd.grad(output, given, grad.double()))
     for tensor, mine in zip(tensors, found, strict=True):
