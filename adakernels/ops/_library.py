@@ -42,16 +42,12 @@ def _gpu_entry(name: str, kernels: Sequence[str] = backends.ON_GPU) -> Callable[
     compiled = getattr(torch.ops.adakernels_cuda, name).default
     names = [argument.name for argument in compiled._schema.arguments]
     of_a_convolution = "weight" in names and "groups" in names
-    places = [
-        names.index("input") if "input" in names else 0,
-        names.index("weight") if of_a_convolution else None,
-        names.index("groups") if of_a_convolution else None,
-    ]
+    first = names.index("input") if "input" in names else 0
 
     def entry(*args: Any) -> Any:
-        input, weight, groups = (args[place] if place is not None else None for place in places)
+        input = args[first]
+        conv = (args[names.index("weight")].shape, args[names.index("groups")]) if of_a_convolution else ()
         facts = (input.shape, input.dtype, input.device)
-        conv = () if weight is None else (weight.shape, groups)
         if backends.gpu_backend(name, kernels, facts, *conv) == "cuda":
             _hand_over_precision()
             return compiled(*args)
