@@ -251,7 +251,8 @@ class SlimLayer:
     def backend(self) -> str | None:
         """The backend that runs the operator."""
         arguments = {"out_channels": self.count, "segments": self.case.segments, "stride": self.stride}
-        return ak.explain(ak.slim_conv3d, self.input, self.conv.weight, **arguments).backend
+        padding = self.conv.padding
+        return ak.explain(ak.slim_conv3d, self.input, self.conv.weight, padding=padding, **arguments).backend
 
 
 class DenseSlow:
