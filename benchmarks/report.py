@@ -399,6 +399,13 @@ def render_sliced(results: Results) -> str:
     return _markdown(header, lines)
 
 
+def _slim(results: Results) -> str:
+    # Imports torch, which the rest of this module does without.
+    from benchmarks.slim import SLIM_HEADER, render_slim
+
+    return _markdown(SLIM_HEADER, render_slim(results["records"]))
+
+
 def plot(results: Results, picture: Path) -> None:
     """Draw time against work, and η by family and policy, into a PNG."""
     from matplotlib.figure import Figure
@@ -462,6 +469,7 @@ def rewrite_pages(root: Path, file: Path) -> list[Path]:
         "gap": lambda page: f"Measured on: {describe(results)}.\n\n{render_gap(results)}",
         "sliced": lambda page: f"Measured on: {describe(results)}.\n\n{render_sliced(results)}",
         "patches": lambda page: f"Measured on: {describe(results)}.\n\n{render_patches(results)}",
+        "slim": lambda page: f"Measured on: {describe(results)}.\n\n{_slim(results)}",
     }
     changed = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
