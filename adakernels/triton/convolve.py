@@ -287,7 +287,7 @@ def weight_gradient(
         PRECISION=_precision(),
         **chosen,
     )
-    return sums.sum(0).movedim(-1, 1).to(weight.dtype).contiguous()
+    return weight.new_empty(weight.shape).copy_(sums.sum(0).movedim(-1, 1))
 
 
 def depthwise_weight_gradient(
