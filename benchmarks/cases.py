@@ -322,6 +322,8 @@ TARGETS = [
     Target("AdaFuse ResNet-50, 1 clip", "model", "time_ratio", worst=0.80, aim=0.72, cases=(MODELS[1].name,)),
     Target("AdaFuse ResNet-18, 4 clips", "model", "time_ratio", cases=(MODELS[2].name,)),
     Target("AdaFuse ResNet-50, 4 clips", "model", "time_ratio", cases=(MODELS[3].name,)),
+    Target("sliced conv3d, half the clips 2D", "sliced_conv3d", mean=0.85, aim=0.97),
+    Target("Ada3D I3D-R50, time - work", "ada3d_model", "excess", worst=0.08),
     Target("patch gather 32x3x224² to 128²", "patch_forward", "speedup", worst=10.0, cases=(PATCH.name,)),
     Target("the same and origin gradient", "patch_origin", "speedup", worst=10.0, cases=(PATCH.name,)),
     Target("patch gather, all shapes", "patch_forward", "speedup"),
