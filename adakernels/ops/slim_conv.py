@@ -94,8 +94,8 @@ class Form(NamedTuple):
     kernel: str
 
 
-NATIVE_WORK = 1e8
-NATIVE_POINTS = 100
+NATIVE_WORK = 6e7
+NATIVE_POINTS = 196
 
 
 def cpu_form(
