@@ -24,7 +24,7 @@ from adakernels.nn.folding import (
 from adakernels.nn.gated_conv2d import ACTIVATIONS
 from adakernels.ops import slim_conv2d, slim_conv3d
 from adakernels.ops._layout import dense
-from adakernels.ops.slim_conv import Segments, convolve, cpu_form, plan, prepare, record_work, slim_weight
+from adakernels.ops.slim_conv import Segments, cpu_call, prepare, record_work, slim_weight
 
 __all__ = ["SlimConv2d", "SlimConv3d", "SlimLinear"]
 
@@ -116,31 +116,30 @@ class _SlimConv(_ConvNd):
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or input.device.type != "cpu"
+            or input.dim() != self.weight.dim()
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        op = self.operator.__name__
+        op, weight, bias = self.operator.__name__, self.weight, self.bias
         norm = cast("_BatchNorm | None", self.norm)
-        weight, bias = self.weight, self.bias
-        backend, slim = plan(op, input, weight, bias, *arguments)
-        if backend != "cpu":
+        input = dense(input)
+        call = cpu_call(op, input, weight, bias, *arguments)
+        if call is None:
             return None
-        input = dense(F.pad(input, slim.conv.pad) if slim.conv.pad else input)
-        form = cpu_form(input, self.kernel_size, slim.conv, slim.out_channels)
-
-        sources = (weight, bias, *(() if norm is None else norm_tensors(norm)))
+        slim, run = call
+        sources = (weight, bias) if norm is None else (weight, bias, *norm_tensors(norm))
         prepared = self._prepared.get(sources, dict, tag=None if norm is None else norm.eps)
         if prepared is None:
             return None
-        key = form, slim.out_channels, slim.segments
+        key = run.form, slim.out_channels, slim.segments
         if key not in prepared:
             while len(prepared) >= PREPARED:
                 del prepared[next(iter(prepared))]
             with torch.inference_mode(False):
                 folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
-                prepared[key] = prepare(form, *folded, slim, input.shape)
+                prepared[key] = prepare(run.form, *folded, slim, input.shape)
         record_work(op, slim, input, weight)
-        return convolve(form, input, *prepared[key], slim.conv)
+        return run(input, *prepared[key])
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops weights folded and prepared so far."""
