@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, sliced, slim
+from benchmarks import cases, dynamic, sliced, slim
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +26,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "ada3d_case": sliced.MODELS,
         "slim_case": slim.SLIM,
         "slim_model_case": slim.SLIM_MODELS,
+        "dynamic_case": dynamic.LAYERS,
+        "vared2_case": dynamic.MODELS,
     }
     for argument, source in sources.items():
         if argument in metafunc.fixturenames:

@@ -25,7 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # The suites are no part of the installed package.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, clips, gpu, measure, memory, networks, report, sliced, slim  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    clips,
+    dynamic,
+    gpu,
+    measure,
+    memory,
+    networks,
+    report,
+    sliced,
+    slim,
+)
 from benchmarks.cases import KEEP, REUSE, SKIP, ConvShape, LayerCase  # noqa: E402
 from benchmarks.layers import Layer  # noqa: E402
 from benchmarks.patches import Patches  # noqa: E402
@@ -228,6 +239,7 @@ def test_floor_counts_bytes() -> None:
 def test_cases() -> None:
     known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY + cases.PATCHES
     known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS]
+    known += dynamic.LAYERS + dynamic.MODELS
     names = [f"{case.family}-{case.name}" for case in known]
     assert len(set(names)) == len(names)
     assert {case.batch for case in cases.LAYERS} == {8, 32}
