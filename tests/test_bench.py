@@ -635,3 +635,24 @@ def test_times_on_a_gpu_choose_a_backend() -> None:
         record("b", "small", triton=1.0),
     ]
     assert gpu.fastest(records) == {"a": {"small": "triton", "large": "cuda"}}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(gpu.sliced_contest, 3, 5, 4, gradient=True),
+        partial(gpu.dynamic_contest, 3, 6, 3, 4, ((0, 0), (1, 0), (0, 1), (1, 1)), gradient=True),
+        partial(gpu.slim_contest, 16, 5, 0.6),
+    ],
+    ids=["sliced_conv3d", "dynamic_conv3d", "slim_conv"],
+)
+def test_contests_of_convolutions(make: Callable[..., gpu.Contest], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "backends", lambda op: ["cpu"])
+    monkeypatch.setattr(gpu, "sets_of_inputs", lambda make, bytes_each: [make(0), make(1)])
+    contest = make(dtype=torch.float32)
+    assert set(contest.calls) == {"dense", "masked", "cpu"} and 0 < contest.work <= 1
+    for number in range(2):
+        results = [contest.calls[name][number]() for name in ("masked", "cpu")]
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        assert contest.calls["dense"][number]() is not None
