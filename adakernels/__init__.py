@@ -5,9 +5,12 @@ from adakernels.backends import available_backends, explain, use_backend
 from adakernels.convert import convert
 from adakernels.flops import count_flops
 from adakernels.nn import (
+    DynamicConv3d,
     GatedConv2d,
     PatchGather,
     SlicedConv3d,
+    SlimConv2d,
+    SlimConv3d,
 )
 from adakernels.ops import (
     Policy,
@@ -19,14 +22,18 @@ from adakernels.ops import (
     slim_conv3d,
     temporal_fuse,
 )
-from adakernels.policies import ChannelPolicy
+from adakernels.policies import ChannelPolicy, SoftModulationGate
 
 __all__ = [
     "ChannelPolicy",
+    "DynamicConv3d",
     "GatedConv2d",
     "PatchGather",
     "Policy",
     "SlicedConv3d",
+    "SlimConv2d",
+    "SlimConv3d",
+    "SoftModulationGate",
     "available_backends",
     "convert",
     "count_flops",

@@ -1,17 +1,22 @@
 """Which implementation runs an operator: the choice, how to force it, and why it fell as it did.
 
 Every operator has a reference in plain PyTorch and may have faster backends. Under `"auto"` the first of
-`"cuda"`, `"triton"`, `"cpu"` whose predicate accepts the call runs, else the reference. The choice rests on
-static facts only (shapes, dtypes, devices, arguments), never on what a tensor contains.
+`"cuda"`, `"triton"`, `"cpu"` whose predicate accepts the call runs, else the reference; where `configs` has
+measurements of that GPU, the faster of `"cuda"` and `"triton"` comes first. The choice rests on static facts
+only (shapes, dtypes, devices, arguments), never on what a tensor contains.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -21,6 +26,11 @@ from adakernels import _extension
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 ON_GPU = ("cuda", "triton")
+MEASURED = Path(__file__).with_name("configs")
+"""`<device>.json` says which backend was the fastest: {"fastest": {operator: {class of shapes: backend}}}."""
+
+# Frames of up to so many pixels are a class of their own: a tile of the output has several of them.
+_SMALL_MAP = 256
 _WHY_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 logger = logging.getLogger("adakernels")
@@ -158,11 +168,88 @@ def _why_not_this_gpu(index: int) -> str:
     return ""
 
 
-def gpu_backend(kernels: Sequence[str] = ON_GPU) -> str:
+_Facts = tuple[Sequence[int], torch.dtype, torch.device]
+
+
+def device_file(name: str) -> str:
+    """What the files are called that hold measurements of a device: of "NVIDIA H200", nvidia-h200.json."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+
+def shape_class(
+    dtype: torch.dtype, input: Sequence[int], weight: Sequence[int] | None = None, groups: int = 1
+) -> str:
+    """What measurements of an operator are told apart by: number format, kernel size and size of the map.
+
+    Args:
+        dtype: of the features.
+        input: their shape, [N, C, H, W] or [B, C, T, H, W].
+        weight: shape of the weight of a convolution.
+        groups: of the convolution.
+    """
+    words = [f"{8 * dtype.itemsize} bits"]
+    if weight is not None:
+        words += ["depthwise"] if groups > 1 else []
+        words += ["x".join(str(size) for size in weight[2:])]
+        words += ["small map" if input[-2] * input[-1] <= _SMALL_MAP else "large map"]
+    return ", ".join(words)
+
+
+@cache
+def _fastest(device: torch.device) -> tuple[Mapping[str, Mapping[str, str]], str]:
+    """What was measured on a device: by operator and class of shapes, the fastest backend; and its name."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return {}, ""
+    name = torch.cuda.get_device_name(device)
+    file = MEASURED / device_file(name)
+    return (json.loads(file.read_text())["fastest"] if file.exists() else {}), name
+
+
+def _order_on_gpu(op: str, input: _Facts, *conv: Any) -> tuple[Sequence[str], str]:
+    """The backends for a GPU in order of preference, and what the first one has that the others have not."""
+    shape, dtype, device = input
+    classes, name = _fastest(device)
+    if op in classes:
+        first = classes[op].get(shape_class(dtype, shape, *conv))
+        if first is not None:
+            return sorted(ON_GPU, key=lambda other: other != first), f"was measured to be faster on {name}"
+    return ON_GPU, "comes first"
+
+
+class Predicates(dict[str, Predicate]):
+    """A call's predicates by backend, in order of preference.
+
+    Attributes:
+        why: what the first one for GPUs has that the others have not, to be read after its name.
+    """
+
+    why = "comes first"
+
+
+def in_order(op: str, predicates: Mapping[str, Predicate], input: _Facts, *conv: Any) -> Predicates:
+    """The predicates with those of GPU backends in the order that measurements ask for.
+
+    Args:
+        op: name of the operator.
+        predicates: by backend.
+        input: shape, dtype and device of its features.
+        *conv: of a convolution, the shape of the weight and the groups.
+    """
+    order, why = _order_on_gpu(op, input, *conv)
+    ordered = Predicates({name: predicates[name] for name in order if name in predicates})
+    ordered.update(predicates)
+    ordered.why = why
+    return ordered
+
+
+def gpu_backend(op: str, kernels: Sequence[str], input: _Facts, *conv: Any) -> str:
     """The backend that runs an operator which was given CUDA tensors, of those that it has kernels for."""
     if requested_backend() in kernels:
         return requested_backend()
-    return "cuda" if "cuda" in kernels and _extension.has_cuda else "triton"
+    for name in _order_on_gpu(op, input, *conv)[0]:
+        if name in kernels and (name != "cuda" or _extension.has_cuda):
+            return name
+    return "triton"
 
 
 def choose(requested: str, predicates: Mapping[str, Predicate]) -> str:
@@ -226,6 +313,11 @@ def explains(
     return register
 
 
+def _why_first(predicates: Mapping[str, Predicate], chosen: str, other: str) -> str:
+    on_gpu = chosen in ON_GPU and other in ON_GPU
+    return predicates.why if on_gpu and isinstance(predicates, Predicates) else Predicates.why
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would run `op(*args, **kwargs)` and why each other would not, without running it.
 
@@ -254,7 +346,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         if requested not in ("auto", backend):
             reasons[backend] = f"backend '{requested}' is asked for"
         elif chosen is not None:
-            reasons[backend] = f"'{chosen}' comes first"
+            reasons[backend] = f"'{chosen}' {_why_first(predicates, chosen, backend)}"
         else:
             chosen = backend
     if requested in ("auto", "reference") and chosen is None:

@@ -39,8 +39,19 @@ def stretch_last(factor: float) -> None:
 def record_dense(op: str, output: Tensor, reduction: int) -> None:
     """Records an operator without policy that sums `reduction` products for each element of `output`."""
     row = float(math.prod(output.shape[1:]) * reduction)
-    actual = torch.full(output.shape[:1], row, dtype=torch.float64, device=output.device)
-    record(op, row, actual)
+    record(op, row, every_row(output, row))
+
+
+def every_row(
+    tensor: Tensor,  # [N, ...]
+    count: float,
+) -> Tensor:  # [N]
+    """The same count for every row, on the tensor's device unless that keeps no values."""
+    return torch.full(tensor.shape[:1], count, dtype=torch.float64, device=_with_values(tensor.device))
+
+
+def _with_values(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,10 @@ def count_flops(model: nn.Module, *inputs: Any) -> FlopCount:
         raise ValueError("count_flops: expected the model to return a batch of tensors")
     batch = samples.shape[0]
     dense = 0.0
-    actual = torch.zeros(batch, dtype=torch.float64, device=samples.device)
+    # Policies of meta tensors have no values, and so no count.
+    counted = not any(rows.is_meta for _, _, rows in records)
+    device = _with_values(samples.device) if counted else samples.device
+    actual = torch.zeros(batch, dtype=torch.float64, device=device)
     if batch > 0:
         for _, row, rows in records:
             dense += row * len(rows) / batch

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from adakernels.models.checkpoints import load_backbone
 from adakernels.models.resnet import ResidualBlock, ResNet
 from adakernels.policies import ChannelPolicy
 
@@ -96,7 +97,7 @@ class AdaFuseResNet(ResNet):
         policies = {}
         features = self.stem(input)
         for name, block in self.blocks():
-            features, policy = block.forward_with_policy(features)
+            features, policy = block.forward_with_policy(features, overwrite=True)
             if policy is not None:
                 policies[name] = policy
         # The classifier is linear: averaging the features averages its logits.
@@ -116,22 +117,7 @@ class AdaFuseResNet(ResNet):
             ValueError: if a key of the backbone is missing, or `state_dict` has one that the model lacks.
             RuntimeError: if a tensor has another shape.
         """
-        state_dict = dict(state_dict)
-        for key in ("fc.weight", "fc.bias"):
-            if key in state_dict and state_dict[key].shape != self.get_parameter(key).shape:
-                del state_dict[key]
-        own = self.state_dict()
-        # Checkpoints from before torch 0.4.1 have no num_batches_tracked, and need none.
-        optional = ("fc.weight", "fc.bias", ".num_batches_tracked")
-        lacking = [
-            key
-            for key in own
-            if key not in state_dict and ".policy." not in key and not key.endswith(optional)
-        ]
-        unexpected = [key for key in state_dict if key not in own]
-        if lacking or unexpected:
-            raise ValueError(f"load_backbone: the checkpoint lacks {lacking} and has unknown {unexpected}")
-        return list(self.load_state_dict(state_dict, strict=False).missing_keys)
+        return load_backbone(self, state_dict, heads=(".policy.",))
 
     def sample_policies(self, enabled: bool = True, generator: torch.Generator | None = None) -> None:
         """Makes the policies of evaluation random draws (`enabled`) or the most likely choice (the default).

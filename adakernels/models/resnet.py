@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adakernels.nn import GatedConv2d, conv_norm_act, temporal_shift
+from adakernels.nn import GatedConv2d, conv_norm_act, conv_norm_add_act, temporal_shift
 from adakernels.policies import ChannelPolicy
 
 _STAGE_CHANNELS = (64, 128, 256, 512)
@@ -63,20 +63,29 @@ class ResidualBlock(nn.Module):
     def forward_with_policy(
         self,
         input: Tensor,  # [N, C_in, H, W]
+        *,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output of the block, [N, C_out, H', W'], and the policy it ran with, None in a plain block."""
+        """The output of the block, [N, C_out, H', W'], and the policy it ran with, None in a plain block.
+
+        Args:
+            overwrite: `input` is not needed afterwards, and the output may be written in its place.
+        """
         branch = temporal_shift(input, frames=self.frames) if self.shift else input
         policy = None if self.policy is None else self.policy(branch, frames=self.frames)
         branch = conv_norm_act(self.conv1, self.bn1, "relu", branch, policy, frames=self.frames)
         # A float policy is there for its gradient, which needs the skipped channels.
         known_zeros = None if policy is None or policy.is_floating_point() else policy
-        if self.depth == 2:
-            branch = conv_norm_act(self.conv2, self.bn2, None, branch, in_policy=known_zeros)
-        else:
-            branch = conv_norm_act(self.conv2, self.bn2, "relu", branch, in_policy=known_zeros)
-            branch = conv_norm_act(self.conv3, self.bn3, None, branch)
+        last, norm = self.conv2, self.bn2
+        if self.depth == 3:
+            branch = conv_norm_act(last, norm, "relu", branch, in_policy=known_zeros)
+            last, norm, known_zeros = self.conv3, self.bn3, None
         shortcut = input if self.downsample is None else self.downsample(input)
-        return branch.add_(shortcut).relu_(), policy
+        overwrite = overwrite if self.downsample is None else isinstance(self.downsample, Downsample)
+        output = conv_norm_add_act(
+            last, norm, "relu", branch, shortcut, in_policy=known_zeros, overwrite=overwrite
+        )
+        return output, policy
 
 
 class Downsample(nn.Sequential):

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
+from adakernels.ops.conv2d_add import conv2d_add_
 
 _Pair: TypeAlias = int | tuple[int, int]
 
@@ -161,6 +162,35 @@ def conv_norm_act(
     return output if policy is None else temporal_fuse(output, policy, frames=frames)
 
 
+def conv_norm_add_act(
+    conv: GatedConv2d,
+    norm: nn.Module,
+    activation: str | None,
+    input: Tensor,  # [N, C_in, H, W]
+    residual: Tensor,  # [N, C_out, H', W']
+    *,
+    in_policy: Tensor | None = None,  # [N, C_in]
+    overwrite: bool = False,
+) -> Tensor:
+    """`activation(norm(conv(input)) + residual)`.
+
+    Args:
+        overwrite: `residual` is not needed afterwards, and the result may be written in its place.
+
+    Returns:
+        [N, C_out, H', W'].
+    """
+    if is_foldable(norm) and _can_add_in_place(conv, input, residual):
+        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
+        target = residual if overwrite else residual.clone()
+        padding = cast(tuple[int, int], conv.padding)
+        return conv2d_add_(
+            target, input, weight, bias, in_policy, conv.stride, padding, conv.dilation, activation
+        )
+    output = conv_norm_act(conv, norm, None, input, in_policy=in_policy)
+    return ACTIVATIONS[activation](output.add_(residual))
+
+
 def _conv_act(
     conv: GatedConv2d,
     weight: Tensor,  # [C_out, C_in / groups, k_h, k_w]
@@ -206,13 +236,38 @@ def _outruns_torch(
 
     oneDNN brings planar tensors to a layout of its own: for large 1x1 maps, more work than the convolution.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or input.dim() != 4:
-        return False
-    pixels = math.prod(input.shape[2:]) // math.prod(conv.stride)
     return (
         conv.kernel_size == (1, 1)
+        and math.prod(input.shape[2:]) // math.prod(conv.stride) >= 28 * 28
+        and _suits_kernel(conv, input)
+    )
+
+
+def _can_add_in_place(
+    conv: GatedConv2d,
+    input: Tensor,  # [N, C_in, H, W]
+    residual: Tensor,  # [N, C_out, H', W']
+) -> bool:
+    # Sums cost another pass elsewhere, which makes the package's kernel the faster one for all sizes.
+    return (
+        conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and residual.dtype == input.dtype
+        and residual.is_contiguous()
+        and _suits_kernel(conv, input)
+    )
+
+
+def _suits_kernel(
+    conv: GatedConv2d,
+    input: Tensor,  # [N, C_in, H, W]
+) -> bool:
+    """Whether the package's kernel for the CPU may run a plain convolution, in a format that suits it."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and input.dim() == 4
         and conv.groups == 1
-        and pixels >= 28 * 28
         and input.dtype == conv.weight.dtype == torch.float32
         and input.is_contiguous()
         and not torch.is_autocast_enabled("cpu")

@@ -231,7 +231,10 @@ def _frame_by_frame(
     )
     if flops.counting:
         counts = sliced_conv3d_flops(
-            weight.shape, batch=clips.batch, output_size=(1, *frames.shape[2:]), frame_offsets=clips.offsets
+            weight.shape,
+            batch=clips.batch,
+            output_size=(len(frames), *frames.shape[2:]),
+            frame_offsets=clips.offsets,
         )
         flops.record("conv3d", *counts)
     return ACTIVATIONS[activation](frames)

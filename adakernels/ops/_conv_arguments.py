@@ -49,8 +49,11 @@ def conv_arguments(
     groups: Any,
     activation: Any,
     rank: int,
+    unchecked: int = 0,
 ) -> ConvArguments:
     """Check a convolution over `rank` spatial dimensions and bring its arguments to normal form.
+
+    Of the first `unchecked` of these the sizes are not known; `output` means nothing there.
 
     Raises:
         ValueError, TypeError: a sentence that names the operator, the argument, what it should be and what
@@ -82,10 +85,10 @@ def conv_arguments(
     if pad:
         padded = tuple(size + extra for size, extra in zip(padded, reversed(pad[1::2]), strict=True))
     _checks.check_value(
-        all(size > r for size, r in zip(padded, reach, strict=True)),
+        all(size > r for size, r in zip(padded[unchecked:], reach[unchecked:], strict=True)),
         lambda: (
             f"{op}: expected a kernel no larger than the padded input, got a kernel reaching over "
-            f"{[r + 1 for r in reach]} and a padded input of {list(padded)}"
+            f"{[r + 1 for r in reach[unchecked:]]} and a padded input of {list(padded[unchecked:])}"
         ),
     )
     _checks.check_value(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from adakernels.ops._layout import dense
 from adakernels.ops._library import library
-from adakernels.ops.dynamic_conv3d import computed_channels, filtered
+from adakernels.ops.dynamic_conv3d import clips_alike, computed_box, computed_channels, filtered
 
 
 @torch.library.impl(library, "dynamic_conv3d_backward", "CPU")
@@ -43,20 +42,17 @@ def dynamic_conv3d_backward(
     assert weight_ is not None
     channels = weight.shape[0]
 
-    for clips, temporal_levels, channel_levels in _alike(input.shape[0], temporal_gate, channel_gate):
+    for clips, temporal_levels, channel_levels in clips_alike(input.shape[0], temporal_gate, channel_gate):
         step, given = 2 ** temporal_levels[0], computed_channels(channels, channel_levels[0])
-        # The groups that the first `given` output channels are in.
-        live_groups = -(-given * groups // channels)
-        rows = given if groups == 1 else live_groups * channels // groups
-        x = input[clips, : live_groups * weight.shape[1]].float()
-        conv = (stride[0] * step, *stride[1:]), padding, dilation, live_groups
+        conv = (stride, padding, dilation, groups)
+        box = computed_box(input[clips].float(), weight_, bias_, *conv, step=step, channels=given)
         frame_gate = torch.ones(len(clips), 1) if temporal_gate is None else temporal_gate[clips].float()
         channel_gate_ = torch.ones(len(clips), 1) if channel_gate is None else channel_gate[clips].float()
         grad = grad_output[clips].float()
 
         features = mixed = None
         if any(wanted[3:]):
-            features = F.conv3d(x, weight_[:rows], None if bias_ is None else bias_[:rows], *conv)[:, :given]
+            features = F.conv3d(*box)[:, :given]
             branches = [
                 _per_clip(channel_gate_, i) * _all_channels(features, channel_filters, i, channels)
                 for i in channel_levels
@@ -77,7 +73,7 @@ def dynamic_conv3d_backward(
                     if m > 0 and wanted[5]:
                         grads[5][m - 1] += (frame_gate[:, j, None, None, None] * seen).sum(0)
 
-        grad_features = grad.new_zeros(len(clips), rows, *grad_mixed.shape[2:])
+        grad_features = grad.new_zeros(len(clips), len(box.weight), *grad_mixed.shape[2:])
         for i in channel_levels:
             own = computed_channels(channels, i)
             scale = _per_clip(channel_gate_, i)
@@ -96,12 +92,22 @@ def dynamic_conv3d_backward(
                     if wanted[6]:
                         grads[6][own:] += (channel_gate_[:, i, None, None, None] * seen).sum(0)
 
-        bias_sizes = None if bias is None else [rows]
+        rows = len(box.weight)
         found = torch.ops.aten.convolution_backward(
-            grad_features, x, weight_[:rows], bias_sizes, *conv[:3], False, [0, 0, 0], live_groups, wanted[:3]
+            grad_features,
+            box.input,
+            box.weight,
+            None if bias is None else [rows],
+            box.stride,
+            box.padding,
+            box.dilation,
+            False,
+            [0, 0, 0],
+            box.groups,
+            wanted[:3],
         )
         if wanted[0]:
-            grads[0][clips, : x.shape[1]] = found[0]
+            grads[0][clips, : box.input.shape[1]] = found[0]
         for total, part in zip(grads[1:3], found[1:], strict=True):
             if total.numel() > 0:
                 total[:rows] += part
@@ -110,25 +116,6 @@ def dynamic_conv3d_backward(
     if wanted[0]:
         results[0] = dense(results[0], like=input)
     return tuple(results)
-
-
-def _alike(
-    batch: int,
-    temporal_gate: Tensor | None,  # [B, S_t]
-    channel_gate: Tensor | None,  # [B, S_c]
-) -> Iterator[tuple[Tensor, list[int], list[int]]]:
-    """The clips of each set of live levels, with these levels of either gate; not those without any."""
-    clips = defaultdict(list)
-    patterns = (
-        [(True,)] * batch if gate is None else [tuple(row) for row in (gate > 0).tolist()]
-        for gate in (temporal_gate, channel_gate)
-    )
-    for clip, pattern in enumerate(zip(*patterns, strict=True)):
-        clips[pattern].append(clip)
-    for pattern, alike in clips.items():
-        temporal, channel = ([level for level, live in enumerate(lives) if live] for lives in pattern)
-        if temporal and channel:
-            yield torch.tensor(alike), temporal, channel
 
 
 def _per_clip(

@@ -49,9 +49,15 @@ def _gpu_entry(
     cuda_takes: Callable[..., bool] = lambda *args: True,
 ) -> Callable[..., Any]:
     compiled = getattr(torch.ops.adakernels_cuda, name).default
+    names = [argument.name for argument in compiled._schema.arguments]
+    of_a_convolution = "weight" in names and "groups" in names
+    first = names.index("input") if "input" in names else 0
 
     def entry(*args: Any) -> Any:
-        if backends.gpu_backend(kernels) == "cuda" and cuda_takes(*args):
+        input = args[first]
+        conv = (args[names.index("weight")].shape, args[names.index("groups")]) if of_a_convolution else ()
+        facts = (input.shape, input.dtype, input.device)
+        if cuda_takes(*args) and backends.gpu_backend(name, kernels, facts, *conv) == "cuda":
             _hand_over_precision()
             return compiled(*args)
         # Imports Triton, which takes a while.
@@ -64,7 +70,7 @@ def _gpu_entry(
 
 
 def _hand_over_precision() -> None:
-    """Tell the CUDA kernels how torch is to multiply float32, as its stable interface does not."""
+    """Tell the CUDA kernels how torch is to multiply float32; its stable interface does not tell them."""
     global _multiplies_exactly
     exactly = torch.get_float32_matmul_precision() == "highest"
     if exactly != _multiplies_exactly:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -287,6 +288,71 @@ def dynamic_conv3d_flops(
     made_frames = (temporal * (frames - given_frames)).sum(1) * channels
     actual = computed_frames * computed * reduction + taps * (made_channels + made_frames)
     return float(channels * frames * pixels * reduction), actual * anything * pixels
+
+
+def clips_alike(
+    batch: int,
+    temporal_gate: Tensor | None,  # [B, S_t]
+    channel_gate: Tensor | None,  # [B, S_c]
+) -> Iterator[tuple[Tensor, list[int], list[int]]]:
+    """The clips of each set of live levels, with these levels of either gate; not those without any."""
+    clips = defaultdict(list)
+    patterns = (
+        [(True,)] * batch if gate is None else [tuple(row) for row in (gate > 0).tolist()]
+        for gate in (temporal_gate, channel_gate)
+    )
+    for clip, pattern in enumerate(zip(*patterns, strict=True)):
+        clips[pattern].append(clip)
+    for pattern, alike in clips.items():
+        temporal, channel = ([level for level, live in enumerate(lives) if live] for lives in pattern)
+        if temporal and channel:
+            yield torch.tensor(alike), temporal, channel
+
+
+class ComputedBox(NamedTuple):
+    """The arguments of the convolution that computes every so many frames of the first few channels.
+
+    Attributes:
+        input: [B, C_in of the groups that these channels are in, T, H, W].
+        weight: [C, C_in/groups, kt, kh, kw] for the C channels of these groups: maybe a few more than wanted.
+        bias: [C] or None.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv3d`.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def computed_box(
+    input: Tensor,  # [B, C_in, T, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kt, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    step: int,
+    channels: int,
+) -> ComputedBox:
+    """What computes every `step`-th frame of the first `channels` output channels."""
+    per_group = weight.shape[0] // groups
+    live_groups = -(-channels // per_group)
+    rows = channels if groups == 1 else live_groups * per_group
+    return ComputedBox(
+        input[:, : live_groups * weight.shape[1]],
+        weight[:rows],
+        None if bias is None else bias[:rows],
+        (stride[0] * step, *stride[1:]),
+        padding,
+        dilation,
+        live_groups,
+    )
 
 
 def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:

@@ -229,15 +229,16 @@ def _has_groups(backend: str, input: Facts, groups: int, raise_error: bool) -> b
 
 
 def _predicates(
-    input: Facts, policy: Facts | None, in_policy: Facts | None, groups: int
+    input: Facts, weight: Facts, policy: Facts | None, in_policy: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
-    return {
+    predicates = {
         "cuda": partial(can_run_cuda, input, groups),
         "triton": partial(can_run_triton, input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }
+    return backends.in_order("gated_conv2d", predicates, input, weight[0], groups)
 
 
 def _check(
@@ -280,7 +281,7 @@ def _plan(
 ) -> _Plan:
     """Validate a call and choose its backend."""
     conv = _check(input, weight, bias, policy, in_policy, *arguments)
-    predicates = _predicates(input, policy, in_policy, conv.groups)
+    predicates = _predicates(input, weight, policy, in_policy, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
 
 
@@ -427,4 +428,4 @@ def _explain(
         optional_facts(op, "in_policy", in_policy),
     )
     _check(*tensors, frames, stride, padding, dilation, groups, activation)
-    return _predicates(tensors[0], *tensors[3:], groups)
+    return _predicates(*tensors[:2], *tensors[3:], groups)

@@ -172,11 +172,12 @@ def can_run_cuda(input: Facts, *, raise_error: bool = False) -> bool:
 
 
 def _predicates(input: Facts) -> Mapping[str, backends.Predicate]:
-    return {
+    predicates = {
         "cuda": partial(can_run_cuda, input),
         "triton": partial(can_run_triton, input),
         "cpu": partial(can_run_cpu, input),
     }
+    return backends.in_order("patch_gather", predicates, input)
 
 
 def _check(

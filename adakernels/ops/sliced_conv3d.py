@@ -203,7 +203,7 @@ def sliced_conv3d_flops(
         weight_shape: [C_out, C_in/groups, kt, kh, kw].
         temporal: as in `sliced_conv3d`.
         batch: number of clips B.
-        output_size: (T', H', W'); T' is not used with `frame_offsets`.
+        output_size: (T', H', W'), with `frame_offsets` (sum T, H', W').
         frame_offsets: as in `sliced_conv3d`.
 
     Returns:
@@ -211,14 +211,15 @@ def sliced_conv3d_flops(
     """
     frame = float(math.prod(weight_shape) * math.prod(output_size[1:]))
     if frame_offsets is not None:
-        frames = frame_offsets.diff().double()
+        frames, length = frame_offsets.diff().double(), output_size[0] / max(1, batch)
     else:
+        length = output_size[0]
         device = None if temporal is None else temporal.device
         frames = torch.full((batch,), float(output_size[0]), dtype=torch.float64, device=device)
     share = torch.ones_like(frames)
     if temporal is not None:
         share = torch.where(temporal, share, 1 / weight_shape[2])
-    return frame * (float(frames.mean()) if batch else 0.0), frame * frames * share
+    return frame * length, frame * frames * share
 
 
 def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
@@ -269,8 +270,9 @@ def _check(
     else:
         _checks.check_rank(op, "packed input", input[0], "sum T, C_in, H, W")
         rows, channels, *image = input[0]
-        # As far as the geometry goes, packed frames are clips of one frame.
-        conv = conv_arguments(op, (torch.Size((rows, channels, 1, *image)), *input[1:]), *arguments, rank=3)
+        # The length of the clips is not known here.
+        clips = torch.Size((rows, channels, 1, *image)), *input[1:]
+        conv = conv_arguments(op, clips, *arguments, rank=3, unchecked=1)
         taps = weight[0][2]
         _checks.check_value(
             conv.stride[0] == 1 and 2 * conv.padding[0] == conv.dilation[0] * (taps - 1),
@@ -379,9 +381,11 @@ def sliced_conv3d(
         activation,
     )
     if flops.counting and not torch.compiler.is_compiling():
-        batch = len(input) if frame_offsets is None else len(frame_offsets) - 1
+        batch, size = len(input), conv.output
+        if frame_offsets is not None:
+            batch, size = len(frame_offsets) - 1, (len(input), *size[1:])
         counts = sliced_conv3d_flops(
-            weight.shape, temporal, batch=batch, output_size=conv.output, frame_offsets=frame_offsets
+            weight.shape, temporal, batch=batch, output_size=size, frame_offsets=frame_offsets
         )
         flops.record(op, *counts)
     if conv.pad:

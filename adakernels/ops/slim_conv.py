@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -99,20 +99,32 @@ NATIVE_POINTS = 100
 
 
 def cpu_form(
-    shape: Sequence[int],
-    format: torch.memory_format,
-    dtype: torch.dtype,
+    input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
     kernel: Sequence[int],
     conv: ConvArguments,
     out_channels: int,
 ) -> Form:
-    """The form that was measured to be the fastest one, for an input of such a shape and memory format.
+    """The form that a convolution of `input` takes, which depends on its shape, memory format and dtype."""
+    shape = tuple(input.shape)
+    return _cpu_form(
+        shape, memory_format(input), input.dtype, tuple(kernel), conv, out_channels, _has_onednn(input.dtype)
+    )
 
-    oneDNN is fastest with the channels innermost, and two-dimensional convolutions there take less time than
-    three-dimensional ones that do the same. It is slower than Winograd's method in our kernels, once there is
-    enough work for them to be worth starting. Planar tensors it brings to another layout first, which ours do
-    without.
-    """
+
+@lru_cache(maxsize=4096)
+def _cpu_form(
+    shape: tuple[int, ...],
+    format: torch.memory_format,
+    dtype: torch.dtype,
+    kernel: tuple[int, ...],
+    conv: ConvArguments,
+    out_channels: int,
+    has_onednn: bool,
+) -> Form:
+    # The form that was measured to be the fastest one. oneDNN is fastest with the channels innermost, and its
+    # two-dimensional convolutions take less time there than three-dimensional ones that do the same. It is
+    # slower than Winograd's method in our kernels, once there is enough work for them to be worth starting.
+    # Planar tensors it brings to another layout first, which ours do without.
     fold = ""
     if len(kernel) == 3 and conv.dilation[0] == 1:
         if kernel[0] == conv.stride[0] == 1 and conv.padding[0] == 0:
@@ -137,7 +149,7 @@ def cpu_form(
     if dtype == torch.bfloat16 and conv.groups > 1 and out_channels != conv.groups:
         # oneDNN 3.12 writes wrong numbers for some of them.
         return Form(fold, "float")
-    return Form(fold, "onednn" if inner and _has_onednn(dtype) else "torch")
+    return Form(fold, "onednn" if inner and has_onednn else "torch")
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
@@ -176,24 +188,28 @@ def _folded_weight(fold: str, weight: Tensor) -> Tensor:
     return weight[:, :, 0] if fold == "frames" else weight[..., 0] if fold else weight
 
 
-def prepared_weight(
+def prepare(
     form: Form,
-    weight: Tensor,  # [out_channels, C/groups, ...]
-    conv: ConvArguments,
+    weight: Tensor,  # [C_out, C_in/groups, ...]
+    bias: Tensor | None,  # [C_out]
+    arguments: SlimArguments,
     shape: Sequence[int],
-) -> Tensor:
-    """A slice of a weight as `form` reads it fastest, to be used again and again.
+) -> tuple[Tensor, Tensor | None]:  # [out_channels, C/groups, ...], [out_channels]
+    """The selected part of weight and bias as `form` reads them fastest, for `convolve`, again and again.
 
     Args:
         shape: of the input, which may later be another one.
     """
+    conv, out_channels, segments, _ = arguments
     stride, padding, dilation, groups = _folded_arguments(form.fold, conv)
-    weight = _folded_weight(form.fold, weight)
+    weight = _folded_weight(form.fold, slim_weight(weight, out_channels, _pairs(segments)))
+    bias = None if bias is None else bias[:out_channels].clone()
     if form.kernel != "onednn":
-        return weight.contiguous()
+        return weight.clone(memory_format=torch.contiguous_format), bias
     size = list(_folded(form.fold, torch.empty(shape, device="meta")).shape)
     weight = weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
+    blocked = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
+    return blocked, bias
 
 
 def convolve(
@@ -272,7 +288,7 @@ def _cpu(
     activation: int,
 ) -> Tensor:
     conv = _spelled_out(input, weight, out_channels, stride, padding, dilation, groups, activation)
-    form = cpu_form(input.shape, memory_format(input), input.dtype, weight.shape[2:], conv, out_channels)
+    form = cpu_form(input, weight.shape[2:], conv, out_channels)
     weight = _folded_weight(form.fold, slim_weight(weight, out_channels, _pairs(segments)))
     if form.kernel == "native":
         weight = weight.contiguous()
@@ -295,7 +311,7 @@ def _cpu_backward(
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     conv = _spelled_out(input, weight, out_channels, stride, padding, dilation, groups, 0)
-    form = cpu_form(input.shape, memory_format(input), input.dtype, weight.shape[2:], conv, out_channels)
+    form = cpu_form(input, weight.shape[2:], conv, out_channels)
     pairs = _pairs(segments)
     strides, paddings, dilations, used_groups = _folded_arguments(form.fold, conv)
     operands = [
@@ -584,12 +600,12 @@ def plan(
     bias: Tensor | None,  # [C_out]
     *arguments: Any,
 ) -> Plan:
-    """Validate a call of `op`, choose its backend and record its work.
+    """Validate a call of `op` and choose its backend.
 
     Args:
         arguments: out_channels, segments, stride, padding, dilation, groups and activation.
     """
-    planned = _plan(
+    return _plan(
         backends.requested_backend(),
         op,
         facts(op, "input", input),
@@ -597,14 +613,20 @@ def plan(
         optional_facts(op, "bias", bias),
         *arguments,
     )
+
+
+def record_work(
+    op: str,
+    arguments: SlimArguments,
+    input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, ...]
+) -> None:
+    """Add a call to the count of multiply-adds under way: of all channels, and of those that are used."""
     if flops.counting and not torch.compiler.is_compiling():
-        count, conv = planned.arguments.out_channels, planned.arguments.conv
-        points = math.prod(conv.output)
-        used = float(points * count * _reduction(input.shape, weight.shape, planned.arguments.groups))
-        flops.record(
-            op, float(points * weight.numel()), torch.full(input.shape[:1], used, dtype=torch.float64)
-        )
-    return planned
+        points = math.prod(arguments.conv.output)
+        products = _reduction(input.shape, weight.shape, arguments.groups)
+        used = float(points * arguments.out_channels * products)
+        flops.record(op, float(points * weight.numel()), flops.every_row(input, used))
 
 
 def _slim_conv(
@@ -615,7 +637,9 @@ def _slim_conv(
     *arguments: Any,
 ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
     input, weight, bias = autocast(facts(op, "input", input)[2], input, weight, bias)
-    backend, (conv, out_channels, segments, groups) = plan(op, input, weight, bias, *arguments)
+    backend, slim = plan(op, input, weight, bias, *arguments)
+    record_work(op, slim, input, weight)
+    conv, out_channels, segments, groups = slim
     if conv.pad:
         input = F.pad(input, conv.pad)
     if backend == "reference":

@@ -1,5 +1,6 @@
 """Heads that decide what a dynamic network computes."""
 
 from adakernels.policies.channel_policy import ChannelPolicy
+from adakernels.policies.soft_modulation_gate import SoftModulationGate
 
-__all__ = ["ChannelPolicy"]
+__all__ = ["ChannelPolicy", "SoftModulationGate"]

@@ -236,7 +236,7 @@ def input_gradient(
     in_policy: Tensor | None = None,  # [N, C_in]
 ) -> Tensor:  # as input
     """The domain is that of the gradient: its outputs are the input's channels, its taps those of its frames."""
-    output = empty_informat_name(input, input.shape)
+    output = empty_in_format(input, input.shape)
     if groups == 1:
         convolve(output, grad, weight, None, geometry, domain, TRANSPOSED=True)
     else:
@@ -287,7 +287,7 @@ def weight_gradient(
         PRECISION=_precision(),
         **chosen,
     )
-    return sums.sum(0).movedim(-1, 1).to(weight.dtype).contiguous()
+    return weight.new_empty(weight.shape).copy_(sums.sum(0).movedim(-1, 1))
 
 
 def depthwise_weight_gradient(

@@ -380,7 +380,8 @@ std::vector<Unit> clip_gradient_units(const Problem& problem, const WeightStride
 }
 
 void convolve(const Problem& problem, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-              int64_t activation, const Tensor& output, const MakeUnits& make_units, const FrameChannels& zeros) {
+              int64_t activation, const Tensor& output, const MakeUnits& make_units, const FrameChannels& zeros,
+              bool accumulates) {
   if (output.numel() == 0) return;
   STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu), "unknown activation");
   STD_TORCH_CHECK(!bias.has_value() || bias->numel() == problem.out_channels, "expected bias [C_out]");
@@ -391,6 +392,7 @@ void convolve(const Problem& problem, const Tensor& input, const Tensor& weight,
   conv.weight_extent = weight.numel();
   conv.bias = biases.data();
   conv.activation = Activation(activation);
+  conv.accumulates = accumulates;
   const std::vector<Unit> units = make_units(strides, conv.rows_per_live > 0);
   std::vector<Convolution> convs = {std::move(conv)};
   run(convs, problem, units, problem.out_channels, problem.in_channels * problem.t.size, zeros, output.size(0));

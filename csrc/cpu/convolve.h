@@ -84,10 +84,11 @@ std::vector<Unit> clip_units(const Problem& problem, const WeightStrides& stride
 std::vector<Unit> clip_gradient_units(const Problem& problem, const WeightStrides& strides,
                                       const std::vector<Clip>& clips, TapRoutes& rows, TapRoutes& live);
 
-// Computes `output`, and zeroes the channels in `zeros`, which no unit writes.
+// Computes `output`, or adds to it before it is activated, and zeroes the channels in `zeros`, which no unit writes.
 void convolve(const Problem& problem, const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
               const std::optional<torch::stable::Tensor>& bias, int64_t activation,
-              const torch::stable::Tensor& output, const MakeUnits& units, const FrameChannels& zeros);
+              const torch::stable::Tensor& output, const MakeUnits& units, const FrameChannels& zeros,
+              bool accumulates = false);
 
 // Throws unless the gradient has the output's shape and dtype.
 void check_gradient(const Problem& problem, const torch::stable::Tensor& grad_output,

@@ -78,6 +78,7 @@ struct Convolution {
   int64_t weight_extent;  // elements from `weight` to behind the last one
   const float* bias;  // [rows] or null
   Activation activation;
+  bool accumulates;  // adds what the target holds before it activates
   int64_t grid_height, grid_width;
   int64_t step_y, step_x;
   int64_t target_y, target_x, target_step_y, target_step_x;

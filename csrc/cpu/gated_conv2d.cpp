@@ -75,6 +75,21 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
   return output;
 }
 
+void conv2d_add(const Tensor& target,                    // [N, C_out, H', W']
+                const Tensor& input,                     // [N, C_in, H, W]
+                const Tensor& weight,                    // [C_out, C_in, kh, kw]
+                const std::optional<Tensor>& bias,       // [C_out]
+                const std::optional<Tensor>& in_policy,  // [N, C_in]
+                std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                int64_t activation) {
+  const Domain domain(input, weight, std::nullopt, in_policy, 1, stride, padding, dilation, 1);
+  check_features(target, "conv2d_add_: target");
+  STD_TORCH_CHECK(target.scalar_type() == input.scalar_type() &&
+                      sizes_of(target) == output_sizes(domain.problem, input),
+                  "conv2d_add_: expected a target of the output's shape and dtype");
+  convolve(domain.problem, input, weight, bias, activation, target, domain.units(), no_channels(), true);
+}
+
 std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
     const Tensor& grad_output,               // [N, C_out, H', W']
     const Tensor& input,                     // [N, C_in, H, W]
@@ -94,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(adakernels, CPU, m) {
   m.impl("gated_conv2d", TORCH_BOX(&gated_conv2d));
+  m.impl("conv2d_add_", TORCH_BOX(&conv2d_add));
   m.impl("gated_conv2d_backward", TORCH_BOX(&gated_conv2d_backward));
 }
 

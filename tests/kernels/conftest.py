@@ -12,6 +12,8 @@ import torch
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` gives NaN, so that nothing uninitialised passes unseen."""
     assert torch.utils.deterministic.fill_uninitialized_memory
+    # On a GPU the reference would convolve float32 as TF32.
+    torch.backends.cudnn.allow_tf32 = False
     # On a GPU the gradient of the reference has no deterministic algorithm.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

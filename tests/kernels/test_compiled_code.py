@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,12 @@ INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     r"^convolution.*convolution_kernelIf\S*Lb1ELb0E": dict.fromkeys((80, 90), ("FFMA", "LDGSTS")),
     r"gated_conv2d.*(float16|tf32).*: convolution": {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)},
 }
-CUDA_SOURCES = {path.name: path for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")}
+# Others only launch kernels.
+CUDA_SOURCES = {
+    path.name: path
+    for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")
+    if "__global__" in path.read_text()
+}
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,25 @@ def compile_cuda(source: Path, target: str, folder: Path) -> Path:
     return cubin
 
 
+@pytest.fixture(scope="module")
+def cuda_cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Future[Path]]:
+    """The cubins of all .cu, by file and target, which are compiled side by side."""
+    nvcc()
+    folder = tmp_path_factory.mktemp("cuda")
+    # The largest files first.
+    sources = sorted(CUDA_SOURCES, key=lambda name: -CUDA_SOURCES[name].stat().st_size)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    return {
+        (name, target): pool.submit(compile_cuda, CUDA_SOURCES[name], target, folder)
+        for name in sources
+        for target in NVCC_TARGETS
+    }
+
+
 @pytest.mark.parametrize("target", NVCC_TARGETS)
 @pytest.mark.parametrize("source", sorted(CUDA_SOURCES))
-def test_cuda_kernels(source: str, target: str, tmp_path: Path) -> None:
-    check(compile_cuda(CUDA_SOURCES[source], target, tmp_path), int(target.rstrip("a")))
+def test_cuda_kernels(cuda_cubins: dict[tuple[str, str], Future[Path]], source: str, target: str) -> None:
+    check(cuda_cubins[source, target].result(), int(target.rstrip("a")))
 
 
 def test_faults_are_seen(tmp_path: Path) -> None:

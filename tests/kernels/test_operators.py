@@ -115,19 +115,14 @@ def on_kernels(kernels: Any) -> Iterator[str]:
 
 
 @ON_KERNELS
-def test_gradients(on_kernels: str, make: Callable[..., Any]) -> None:
+def test_gradients(
+    on_kernels: str, make: Callable[..., Any], without_waiting: Callable[..., Callable[..., Any]]
+) -> None:
     leaves, op, reference = make(on_kernels)
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    if HAS_GPU:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        got = op(*leaves)
-        grad = torch.ones_like(got).expand_as(got)
-        grads = torch.autograd.grad(got, leaves, grad)
-    finally:
-        if HAS_GPU:
-            torch.cuda.set_sync_debug_mode("default")
+    got = without_waiting(op)(*leaves)
+    grad = torch.ones_like(got).expand_as(got)
+    grads = without_waiting(torch.autograd.grad)(got, leaves, grad)
     want = reference(*leaves)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for mine, exact in zip(grads, torch.autograd.grad(want, leaves, grad), strict=True):
@@ -169,22 +164,56 @@ def test_entry_follows_the_requested_backend(
         assert len(calls) == triton_calls
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
-@ON_KERNELS
-def test_graph_follows_its_arguments(on_kernels: str, make: Callable[..., Any]) -> None:
-    leaves, op, reference = make(on_kernels)
+def recorded(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Results of a CUDA graph, and what replays it. Without a GPU what replays it calls again."""
+    if not HAS_GPU:
+        results = call()
+
+        def replay() -> None:
+            for result, again in zip(results, call(), strict=True):
+                result.copy_(again)
+
+        return results, replay
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        op(*leaves)
+        call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = op(*leaves)
+        results = call()
+    return results, graph.replay
+
+
+@ON_KERNELS
+def test_graph_follows_its_arguments(on_kernels: str, make: Callable[..., Any]) -> None:
+    leaves, op, reference = make(on_kernels)
+    (output,), replay = recorded(lambda: (op(*leaves),))
     for leaf in leaves:
         leaf.copy_(torch.rand_like(leaf))
-    graph.replay()
+    replay()
     torch.testing.assert_close(output, reference(*leaves), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", _library.gpu_operators["gated_conv2d"], indirect=True)
+@pytest.mark.parametrize("groups", [1, 6])
+def test_graph_follows_policies_changed_in_place(on_kernels: str, groups: int) -> None:
+    shapes = (6, 6, 7, 5), (12, 6 // groups, 3, 3), (12,)
+    leaves = [torch.randn(shape, device=on_kernels).requires_grad_() for shape in shapes]
+    policy, in_policy = (torch.zeros(6, width, dtype=torch.int64, device=on_kernels) for width in (12, 6))
+    arguments = {"frames": 3, "padding": 1, "groups": groups, "in_policy": in_policy, "activation": "relu"}
+
+    def run(op: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        output = op(*leaves, policy, **arguments)
+        return output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    results, replay = recorded(lambda: run(ak.gated_conv2d))
+    for _ in range(3):
+        for values in (policy, in_policy):
+            values.copy_(torch.randint(0, 3, values.shape))
+        replay()
+        for mine, exact in zip(results, run(gated_conv2d_reference), strict=True):
+            torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"] if HAS_GPU else ["reference", "cpu"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import adakernels as ak
 from adakernels import _extension, backends
@@ -152,3 +156,63 @@ def test_forced_inside_a_compiled_function() -> None:
         call(policy), ak.gated_conv2d(input, weight, bias, policy), rtol=1e-4, atol=1e-4
     )
     assert backends.requested_backend() == outer
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU on which Triton was the fastest for one class of shapes of gated_conv2d."""
+    classes = {"16 bits, 3x3, small map": "triton", "16 bits, 3x3, large map": "cuda"}
+    file = tmp_path / "nvidia-test-1.json"
+    file.write_text(json.dumps({"fastest": {"gated_conv2d": classes}}))
+    monkeypatch.setattr(backends, "MEASURED", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test (1)")
+    monkeypatch.setattr(_extension, "has_cuda", True)
+    backends._fastest.cache_clear()
+    yield
+    backends._fastest.cache_clear()
+
+
+@pytest.mark.usefixtures("measured")
+def test_measurements_decide() -> None:
+    def order(op: str, dtype: torch.dtype, size: int) -> tuple[list[str], str, str]:
+        input = ((8, 64, size, size), dtype, torch.device("cuda", 0))
+        predicates = dict.fromkeys(("cuda", "triton", "cpu"), lambda *, raise_error=False: True)
+        found = backends.in_order(op, predicates, input, (64, 64, 3, 3), 1)
+        return list(found), found.why, backends.gpu_backend(op, backends.ON_GPU, input, (64, 64, 3, 3), 1)
+
+    measured = "was measured to be faster on NVIDIA Test (1)"
+    default = ["cuda", "triton", "cpu"]
+    with ak.use_backend("auto"):
+        assert order("gated_conv2d", torch.float16, 14) == (["triton", "cuda", "cpu"], measured, "triton")
+        assert order("gated_conv2d", torch.bfloat16, 56) == (default, measured, "cuda")
+        # Nothing was measured for these.
+        assert order("gated_conv2d", torch.float32, 14) == (default, "comes first", "cuda")
+        assert order("temporal_fuse", torch.float16, 14) == (default, "comes first", "cuda")
+    with ak.use_backend("cuda"):
+        assert order("gated_conv2d", torch.float16, 14)[2] == "cuda"
+
+
+@pytest.mark.usefixtures("measured")
+def test_explain_tells_what_measurements_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_not_this_gpu", lambda index: "")
+    with ak.use_backend("auto"), FakeTensorMode():
+        tensors = [
+            torch.empty(size, dtype=torch.float16, device="cuda")
+            for size in ((8, 64, 14, 14), (64, 64, 3, 3))
+        ]
+        policy = torch.empty(8, 64, dtype=torch.int64, device="cuda")
+        found = ak.explain(ak.gated_conv2d, *tensors, None, policy, padding=1)
+    assert found.backend == "triton"
+    assert found.reasons["cuda"] == "'triton' was measured to be faster on NVIDIA Test (1)"
+    assert found.reasons["reference"] == "'triton' comes first"
+
+
+def test_classes_of_shapes() -> None:
+    def name(*shapes: tuple[int, ...], groups: int = 1) -> str:
+        return backends.shape_class(torch.float32, *shapes, *([groups] if len(shapes) > 1 else []))
+
+    assert name((8, 4, 5, 5)) == "32 bits"
+    assert name((8, 4, 16, 16), (4, 4, 1, 1)) == "32 bits, 1x1, small map"
+    assert name((8, 4, 2, 16, 17), (4, 1, 3, 1, 1), groups=4) == "32 bits, depthwise, 3x1x1, large map"
+    assert backends.device_file("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090.json"

@@ -213,6 +213,117 @@ def test_temporal_fuse(path: str, case: tuple[Callable[[], dict[str, Any]], type
         ak.temporal_fuse(**arguments | make())
 
 
+def flags(*values: bool) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_CLIPS: list[tuple[Callable[[], dict[str, Any]], type[Exception], str]] = [
+    (lambda: {"input": None}, TypeError, "expected input to be a Tensor, got NoneType"),
+    (lambda: {"weight": 1}, TypeError, "expected weight to be a Tensor, got int"),
+    (lambda: {"temporal": [True]}, TypeError, "expected temporal to be a Tensor, got list"),
+    (lambda: {"frame_offsets": (0, 2)}, TypeError, "expected frame_offsets to be a Tensor, got tuple"),
+    (
+        lambda: {"input": torch.ones(6, 4, 7, 7)},
+        ValueError,
+        "expected input of rank 5 [B, C_in, T, H, W], got shape [6, 4, 7, 7]",
+    ),
+    (
+        lambda: {"frame_offsets": offsets(0, 1, 2)},
+        ValueError,
+        "expected packed input of rank 4 [sum T, C_in, H, W], got shape [2, 4, 3, 7, 7]",
+    ),
+    (
+        lambda: {"weight": torch.ones(6, 4, 3, 3)},
+        ValueError,
+        "expected weight of rank 5 [C_out, C_in/groups, kt, kh, kw], got shape [6, 4, 3, 3]",
+    ),
+    (lambda: {"temporal": flags(True)}, ValueError, "expected temporal of shape [B] = [2], got [1]"),
+    (lambda: {"temporal": ints(2)}, TypeError, "expected temporal of dtype bool, got int64"),
+    (lambda: {"bias": torch.ones(5)}, ValueError, "expected bias of shape [C_out] = [6], got [5]"),
+    (lambda: {"stride": (1, 1)}, ValueError, "expected stride to be an int or 3 of them, got 2"),
+    (
+        lambda: {"padding": "full"},
+        ValueError,
+        "expected padding to be numbers, 'same' or 'valid', got 'full'",
+    ),
+    (lambda: {"dilation": 0}, ValueError, "expected dilation of at least 1, got 0"),
+    (lambda: {"groups": 3}, ValueError, "expected groups to divide C_in = 4 and C_out = 6, got 3"),
+    (lambda: {"padding": 0, "dilation": 2}, ValueError, "expected a kernel no larger than the padded input"),
+    (
+        lambda: {"activation": "gelu"},
+        ValueError,
+        "expected activation None, 'relu', 'relu6' or 'silu', got 'gelu'",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BAD_CLIPS, ids=[case[2] for case in BAD_CLIPS])
+def test_sliced_conv3d(path: str, case: tuple[Callable[[], dict[str, Any]], type[Exception], str]) -> None:
+    make, error, sentence = case
+    arguments = {
+        "input": torch.ones(2, 4, 3, 7, 7),
+        "weight": torch.ones(6, 4, 3, 3, 3),
+        "bias": torch.ones(6),
+        "temporal": ints(2) > 0,
+        "padding": 1,
+    }
+    ak.sliced_conv3d(**arguments)
+    with pytest.raises(error, match=re.escape(f"sliced_conv3d: {sentence}")):
+        ak.sliced_conv3d(**arguments | make())
+
+
+BAD_PACKINGS: list[tuple[Callable[[], dict[str, Any]], type[Exception], str]] = [
+    (lambda: {"frame_offsets": ints(3)}, TypeError, "expected frame_offsets of dtype int32, got int64"),
+    (
+        lambda: {"frame_offsets": torch.ones(1, 3, dtype=torch.int32)},
+        ValueError,
+        "expected frame_offsets of rank 1 [B + 1], got shape [1, 3]",
+    ),
+    (
+        lambda: {"frame_offsets": torch.ones(0, dtype=torch.int32), "temporal": None},
+        ValueError,
+        "expected frame_offsets of shape [B + 1], got [0]",
+    ),
+    (
+        lambda: {"frame_offsets": torch.ones(2, dtype=torch.int32)},
+        ValueError,
+        "expected temporal of shape [B] = [1], got [2]",
+    ),
+    (
+        lambda: {"stride": (2, 1, 1)},
+        ValueError,
+        "expected a convolution that keeps the number of frames with frame_offsets, got stride 2, padding 1 "
+        "and dilation 1 in time for 3 taps",
+    ),
+    (lambda: {"padding": 0}, ValueError, "expected a convolution that keeps the number of frames"),
+    (lambda: {"weight": torch.ones(6, 4, 2, 3, 3)}, ValueError, "expected a convolution that keeps"),
+    (
+        lambda: {"weight": torch.ones(6, 4, 2, 3, 3), "padding": "same"},
+        ValueError,
+        "expected a convolution that keeps the number of frames",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BAD_PACKINGS, ids=[case[2] for case in BAD_PACKINGS])
+def test_packed_clips(path: str, case: tuple[Callable[[], dict[str, Any]], type[Exception], str]) -> None:
+    make, error, sentence = case
+    arguments = {
+        "input": torch.ones(5, 4, 7, 7),
+        "weight": torch.ones(6, 4, 3, 3, 3),
+        "temporal": ints(2) > 0,
+        "padding": 1,
+        "frame_offsets": (torch.arange(3) * 5 // 2).int(),
+    }
+    ak.sliced_conv3d(**arguments)
+    with pytest.raises(error, match=re.escape(f"sliced_conv3d: {sentence}")):
+        ak.sliced_conv3d(**arguments | make())
+
+
 BAD_PATCHES: list[tuple[Callable[[], dict[str, Any]], type[Exception], str]] = [
     (lambda: {"input": 1}, TypeError, "expected input to be a Tensor, got int"),
     (lambda: {"origin": [[0, 0]]}, TypeError, "expected origin to be a Tensor, got list"),

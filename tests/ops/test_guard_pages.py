@@ -36,6 +36,14 @@ CONVOLUTIONS = {
     "3x3, depthwise, stride 2": (5, 5, 5, 3, 2, 2, (7, 10, 17)),
     "5x5, depthwise": (5, 10, 5, 5, 1, 2, (5, 7, 10, 17)),
 }
+# C_in, C_out, groups, kernel, packed, sizes
+CLIPS = {
+    "3x1x1": (17, 33, 1, (3, 1, 1), False, (1, 5, 7, 10, 12)),
+    "3x1x1, packed": (20, 9, 1, (3, 1, 1), True, (1, 5, 7, 10)),
+    "3x3x3": (16, 12, 1, (3, 3, 3), False, (4, 10)),
+    "5x7x7, packed": (3, 8, 1, (5, 7, 7), True, (7, 12)),
+    "3x3x3, depthwise": (5, 5, 5, (3, 3, 3), False, (4, 7)),
+}
 PROT_NONE = 0
 
 
@@ -78,6 +86,33 @@ def convolve(
     return [output.detach(), *torch.autograd.grad(output, leaves, place(grad))]
 
 
+def convolve_clips(
+    guard: bool, dtype: torch.dtype, layout: torch.memory_format, name: str, size: int
+) -> list[Tensor]:
+    """The same for clips of which the last takes all temporal taps, one of them that of its last frame."""
+    place = guarded if guard else torch.clone
+    channels, out_channels, groups, kernel, packed, _ = CLIPS[name]
+    torch.manual_seed(0)
+    if packed:
+        input = torch.randn(5, channels, size, size)
+        offsets = place(torch.tensor([0, 2, 5], dtype=torch.int32))
+    else:
+        input, offsets = torch.randn(2, channels, 3, size, size), None
+        layout = torch.channels_last_3d if layout == torch.channels_last else layout
+    input = input.to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn(out_channels, channels // groups, *kernel).to(dtype)
+    leaves = [place(x).requires_grad_() for x in (input, weight, torch.randn(out_channels).to(dtype))]
+    output = ak.sliced_conv3d(
+        *leaves,
+        place(torch.tensor([False, True])),
+        padding=tuple(k // 2 for k in kernel),
+        groups=groups,
+        frame_offsets=offsets,
+    )
+    grad = torch.randn(output.shape).to(dtype).contiguous(memory_format=layout)
+    return [output.detach(), *torch.autograd.grad(output, leaves, place(grad))]
+
+
 def fuse(guard: bool, dtype: torch.dtype, layout: torch.memory_format, soft: bool, size: int) -> list[Tensor]:
     place = guarded if guard else torch.clone
     torch.manual_seed(0)
@@ -109,6 +144,7 @@ def cut(
 
 def assert_guard_changes_nothing() -> None:
     calls = [(convolve, name, size) for name, case in CONVOLUTIONS.items() for size in case[-1]]
+    calls += [(convolve_clips, name, size) for name, case in CLIPS.items() for size in case[-1]]
     calls += [(fuse, soft, size) for soft in (False, True) for size in (1, 7, 10)]
     patches = [((p, q), size) for size in (1, 7, 16, 33) for p in {1, size // 2 + 1, size} for q in {1, size}]
     formats = (torch.contiguous_format, torch.channels_last)

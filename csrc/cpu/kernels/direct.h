@@ -37,7 +37,7 @@ struct RowGroup {
   float floor;  // that of a register tile, which applies ReLU itself
 
   RowGroup(const Convolution& conv, const Unit& unit, int64_t first, int64_t count)
-      : floor(conv.activation == Activation::relu ? 0.f : Product().floor) {
+      : floor(conv.activation == Activation::relu && !conv.accumulates ? 0.f : Product().floor) {
     const int64_t live = unit.live_count > 0 ? live_weight(conv, unit.live[0]) : 0;
     for (int64_t r = 0; r < count; ++r) {
       const int64_t channel = unit.rows[first + r].channel;
@@ -56,8 +56,10 @@ inline void finish_tile(const Convolution& conv, const Unit& unit, const Route* 
   Segment list[kTilePixels];
   const int64_t segment_count = segments(at, width, list);
   for (int64_t r = 0; r < count; ++r) {
-    if (conv.activation != Activation::relu) activate(conv.activation, out + r * kTilePixels, width);
-    store_route(conv.target, hop, unit.frame, rows[r], out + r * kTilePixels, list, segment_count);
+    float* row = out + r * kTilePixels;
+    if (conv.accumulates) add_target(conv.target, hop, unit.frame, rows[r], row, list, segment_count);
+    if (conv.accumulates || conv.activation != Activation::relu) activate(conv.activation, row, width);
+    store_route(conv.target, hop, unit.frame, rows[r], row, list, segment_count);
   }
 }
 
@@ -261,6 +263,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
   for (int64_t r = tile.row_begin; r < row_end; ++r, out += row_room) {
+    if (conv.accumulates) add_target(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
     activate(conv.activation, out, point_count);
     store_route(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
   }

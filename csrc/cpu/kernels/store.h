@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../domain.h"
+#include "copy.h"
 #include "simd.h"
 
 namespace adakernels {
@@ -58,6 +59,37 @@ inline void store_route(const Planes& planes, int64_t hop, int64_t frame, const 
     store_typed<float>(planes, hop, frame, route, row, segments, segment_count);
   else
     store_typed<uint16_t>(planes, hop, frame, route, row, segments, segment_count);
+}
+
+template <typename T>
+inline void add_target_typed(const Planes& planes, int64_t hop, int64_t frame, const Route& route, float* row,
+                             const Segment* segments, int64_t segment_count) {
+  const T* plane = static_cast<const T*>(planes.data) + frame * planes.frame_stride +
+                   route.channel * planes.channel_stride;
+  for (int64_t s = 0; s < segment_count; ++s) {
+    const Segment& segment = segments[s];
+    const T* from = plane + segment.target;
+    float* to = row + segment.from;
+    if (hop == 1)
+      for (int64_t i = 0; i < segment.count; ++i) to[i] += to_float(from[i]);
+    else
+      for (int64_t i = 0; i < segment.count; ++i) to[i] += to_float(from[i * hop]);
+  }
+  if (segment_count == 0) return;
+  // Rows are computed from left to right: what comes next is fetched next to the arithmetic.
+  const Segment& last = segments[segment_count - 1];
+  if (hop == 1)
+    for (int64_t i = 0; i < last.count; i += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(plane + last.target + last.count + i, 1);
+}
+
+// Adds to a computed row what the target holds.
+inline void add_target(const Planes& planes, int64_t hop, int64_t frame, const Route& route, float* row,
+                       const Segment* segments, int64_t segment_count) {
+  if (planes.scalar == Scalar::f32)
+    add_target_typed<float>(planes, hop, frame, route, row, segments, segment_count);
+  else
+    add_target_typed<uint16_t>(planes, hop, frame, route, row, segments, segment_count);
 }
 
 // Offset of a grid point in a target plane.

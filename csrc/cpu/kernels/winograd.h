@@ -405,12 +405,20 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
     });
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  const Activation activation = conv.accumulates ? Activation::none : conv.activation;
   for (int64_t r = 0; r < row_count; ++r) {
     const Route& route = unit.rows[tile.row_begin + r];
     transform_back<Method>(products + r * row_room, blocks.room, blocks.count,
-                           conv.bias ? conv.bias[route.channel] : 0.f, conv.activation, upper, lower);
-    store_route(conv.target, hop, unit.frame, route, upper, segments, segment_count[0]);
-    store_route(conv.target, hop, unit.frame, route, lower, segments + blocks.rows, segment_count[1]);
+                           conv.bias ? conv.bias[route.channel] : 0.f, activation, upper, lower);
+    for (int half = 0; half < 2 && segment_count[half] > 0; ++half) {
+      float* row = half == 0 ? upper : lower;
+      const Segment* list = segments + half * blocks.rows;
+      if (conv.accumulates) {
+        add_target(conv.target, hop, unit.frame, route, row, list, segment_count[half]);
+        activate(conv.activation, row, 2 * blocks.count);
+      }
+      store_route(conv.target, hop, unit.frame, route, row, list, segment_count[half]);
+    }
   }
 }
 

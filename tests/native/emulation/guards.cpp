@@ -39,6 +39,7 @@ std::atomic<bool> enabled = false;
 void release(void* start) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = buffers.find(static_cast<unsigned char*>(start));
+  if (found == buffers.end()) return c10::GetDefaultCPUAllocator()->raw_deallocate(start);
   munmap(found->second.pages, found->second.page_bytes);
   buffers.erase(found);
 }
@@ -65,6 +66,7 @@ class GuardingAllocator final : public c10::Allocator {
     void* start = emulation::allocate(bytes);
     return {start, start, &release, c10::Device(c10::DeviceType::CPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 

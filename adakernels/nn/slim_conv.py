@@ -1,0 +1,207 @@
+"""Convolutions and a linear layer that run with the first channels of their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from adakernels import flops
+from adakernels.nn.folding import (
+    DerivedCache,
+    FoldCache,
+    fold_batch_norm,
+    folded_batch_norm,
+    is_foldable,
+    norm_tensors,
+)
+from adakernels.nn.gated_conv2d import ACTIVATIONS
+from adakernels.ops import slim_conv2d, slim_conv3d
+from adakernels.ops._layout import dense
+from adakernels.ops.slim_conv import Segments, convolve, cpu_form, plan, prepare, record_work, slim_weight
+
+__all__ = ["SlimConv2d", "SlimConv3d", "SlimLinear"]
+
+
+class _SlimConv(_ConvNd):
+    """What `SlimConv2d` and `SlimConv3d` share."""
+
+    norm: nn.Module | None
+    operator: Callable[..., Tensor]  # slim_conv2d or slim_conv3d
+
+    def __init__(
+        self,
+        *args: Any,
+        norm: nn.Module | Callable[[int], nn.Module] | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if activation not in ACTIVATIONS:
+            names = ", ".join(repr(name) for name in ACTIVATIONS)
+            raise ValueError(
+                f"{type(self).__name__}: expected activation to be one of {names}, got {activation!r}"
+            )
+        if not (norm is None or isinstance(norm, nn.Module)):
+            norm = norm(self.out_channels).to(self.weight.device, self.weight.dtype)
+        self.norm = norm
+        self.activation = activation
+        self._folded: FoldCache = FoldCache()
+        self._prepared: DerivedCache[tuple[Tensor, Tensor | None]] = DerivedCache()
+
+    def forward(
+        self,
+        input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+        *,
+        out_channels: int | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
+        """Convolution, normalisation and activation at a width.
+
+        Args:
+            out_channels: how many output channels to compute, counted from the first; None for all.
+            segments: (start, stop) ranges of the weight's input channels that the input's are; None for one
+                range from 0.
+
+        Raises:
+            ValueError, TypeError: as `slim_conv2d` and `slim_conv3d`; and for a norm that is no batch
+                normalisation, unless all channels are computed.
+        """
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        norm = self.norm
+        fixed = norm is None or is_foldable(norm)
+        arguments = (
+            out_channels,
+            segments,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.activation if fixed else None,
+        )
+        if fixed:
+            output = self._prepared_forward(input, arguments)
+            if output is not None:
+                return output
+        weight, bias = self.weight, self.bias
+        if norm is not None and fixed:
+            weight, bias = folded_batch_norm(weight, bias, cast(_BatchNorm, norm), self._folded)
+        names = ("out_channels", "segments", "stride", "padding", "dilation", "groups", "activation")
+        output = self.operator(input, weight, bias, **dict(zip(names, arguments, strict=True)))
+        if fixed:
+            return output
+        assert norm is not None
+        return ACTIVATIONS[self.activation](_slim_norm(norm, output, self.out_channels))
+
+    def _prepared_forward(
+        self,
+        input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+        arguments: tuple[Any, ...],
+    ) -> Tensor | None:
+        """The result in inference on the CPU, with a weight that is prepared once for a width; else None."""
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or input.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        op = self.operator.__name__
+        norm = cast("_BatchNorm | None", self.norm)
+        weight, bias = self.weight, self.bias
+        backend, slim = plan(op, input, weight, bias, *arguments)
+        if backend != "cpu":
+            return None
+        input = dense(F.pad(input, slim.conv.pad) if slim.conv.pad else input)
+        form = cpu_form(input, self.kernel_size, slim.conv, slim.out_channels)
+
+        def compute() -> tuple[Tensor, Tensor | None]:
+            folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
+            return prepare(form, *folded, slim, input.shape)
+
+        sources = (weight, bias, *(() if norm is None else norm_tensors(norm)))
+        tag = (form, slim.out_channels, slim.segments, None if norm is None else norm.eps)
+        prepared = self._prepared.get(sources, compute, tag=tag)
+        if prepared is None:
+            return None
+        record_work(op, slim, input, weight)
+        return convolve(form, input, *prepared, slim.conv)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded and prepared so far."""
+        self._folded.clear()
+        self._prepared.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The arguments of the convolution, and the activation if there is one."""
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
+
+
+class SlimConv2d(_SlimConv, nn.Conv2d):
+    """`torch.nn.Conv2d` that can run with the first of its output channels and some of its input channels.
+
+    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that
+    module when called with its input alone. In inference on the CPU it keeps a copy of the weight for the
+    width it was last called with, in the layout that the convolution reads (A3D, §3.2).
+
+    Args:
+        norm: normalisation of the result: a module, or a callable that makes one from the number of channels
+            (`torch.nn.BatchNorm2d`). Its keys are `norm.*`. A batch normalisation runs with the first of its
+            channels, and in evaluation mode is folded into the weights.
+        activation: None, "relu", "relu6" or "silu", applied after `norm`.
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+
+    operator = staticmethod(slim_conv2d)
+
+
+class SlimConv3d(_SlimConv, nn.Conv3d):
+    """As `SlimConv2d`, from `torch.nn.Conv3d`."""
+
+    operator = staticmethod(slim_conv3d)
+
+
+class SlimLinear(nn.Linear):
+    """`torch.nn.Linear` that can run with some of its input features. Has the keys of that module."""
+
+    def forward(
+        self,
+        input: Tensor,  # [*, F]
+        segments: Segments | None = None,
+    ) -> Tensor:  # [*, F_out]
+        """The outputs from the features in the (start, stop) ranges of `segments`; None for one from 0."""
+        weight = slim_weight(self.weight, self.out_features, segments or ((0, input.shape[-1]),))
+        output = F.linear(input, weight, self.bias)
+        if flops.counting:
+            rows = math.prod(output.shape[1:])
+            used = flops.every_row(output, float(rows * input.shape[-1]))
+            flops.record("linear", float(rows * self.in_features), used)
+        return output
+
+
+def _slim_norm(norm: nn.Module, input: Tensor, channels: int) -> Tensor:  # [N, C, ...]
+    """A normalisation of `channels` channels applied to the first of them."""
+    count = input.shape[1]
+    if count == channels:
+        output: Tensor = norm(input)
+        return output
+    if not isinstance(norm, _BatchNorm):
+        raise ValueError(
+            f"expected a batch normalisation with {count} of {channels} channels, got {type(norm).__name__}"
+        )
+    # Slices are views: running statistics are updated where they are.
+    tensors = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    first = {name: tensor[:count] for name, tensor in tensors.items() if tensor.dim() > 0}
+    return torch.func.functional_call(norm, first, (input,))
