@@ -41,7 +41,9 @@ CASES = {
     "3x3x3, two blocks of outputs, stride 2": Case(
         (3,) * 2, 6, 66, (3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), temporal=(False, True), activation="silu"
     ),
-    "uneven": Case((7,) * 2, 3, 5, (5, 4), (4, 3, 2), (3, 1, 2), (2, 0, 1), (2, 2, 1), temporal=(False, True)),
+    "uneven": Case(
+        (7,) * 2, 3, 5, (5, 4), (4, 3, 2), (3, 1, 2), (2, 0, 1), (2, 2, 1), temporal=(False, True)
+    ),
     "one frame, all whole": Case((1,) * 2, 4, 4, (3, 3), (5, 1, 1), padding=(2, 0, 0), temporal=None),
     "one tap": Case((3,) * 2, 20, 9, (5, 4), (1, 3, 3), (2, 1, 1), (0, 1, 1), temporal=(False, True)),
     "no clip": Case((), 4, 4, (3, 3), temporal=()),
