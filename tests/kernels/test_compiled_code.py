@@ -35,7 +35,12 @@ INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     r"^convolution.*convolution_kernelIf\S*Lb1ELb0E": dict.fromkeys((80, 90), ("FFMA", "LDGSTS")),
     r"gated_conv2d.*(float16|tf32).*: convolution": {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)},
 }
-CUDA_SOURCES = {path.name: path for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")}
+# Others only launch kernels.
+CUDA_SOURCES = {
+    path.name: path
+    for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")
+    if "__global__" in path.read_text()
+}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from adakernels.ops import sliced_conv3d_reference
 from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops._layout import dense
 
-pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -43,7 +41,9 @@ CASES = {
     "3x3x3, two blocks of outputs, stride 2": Case(
         (3,) * 2, 6, 66, (3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1), temporal=(False, True), activation="silu"
     ),
-    "uneven": Case((7,) * 2, 3, 5, (5, 4), (4, 3, 2), (3, 1, 2), (2, 0, 1), (2, 2, 1), temporal=(False, True)),
+    "uneven": Case(
+        (7,) * 2, 3, 5, (5, 4), (4, 3, 2), (3, 1, 2), (2, 0, 1), (2, 2, 1), temporal=(False, True)
+    ),
     "one frame, all whole": Case((1,) * 2, 4, 4, (3, 3), (5, 1, 1), padding=(2, 0, 0), temporal=None),
     "one tap": Case((3,) * 2, 20, 9, (5, 4), (1, 3, 3), (2, 1, 1), (0, 1, 1), temporal=(False, True)),
     "no clip": Case((), 4, 4, (3, 3), temporal=()),
@@ -103,8 +103,18 @@ def run(kernels: Any, case: Case, *tensors: Tensor | None) -> Tensor:
     return kernels.sliced_conv3d(*tensors, *case.convolution, ACTIVATIONS.index(case.activation))
 
 
+# The CUDA kernels are for groups = 1.
+@pytest.mark.parametrize(
+    ("kernels", "case"),
+    [
+        pytest.param(name, case, id=f"{label}-{name}")
+        for label, case in CASES.items()
+        for name in ("cuda", "triton")
+        if name == "triton" or case.groups == 1
+    ],
+    indirect=["kernels"],
+)
 @pytest.mark.parametrize(("dtype", "channels_last"), FORMS, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_the_reference_with_its_gradients(
     kernels: Any, case: Case, dtype: torch.dtype, channels_last: bool
 ) -> None:
