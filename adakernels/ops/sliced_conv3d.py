@@ -239,15 +239,16 @@ def can_run_cuda(input: Facts, groups: int, *, raise_error: bool = False) -> boo
 
 
 def _predicates(
-    input: Facts, temporal: Facts | None, frame_offsets: Facts | None, groups: int
+    input: Facts, weight: Facts, temporal: Facts | None, frame_offsets: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
     if temporal is None and frame_offsets is None:
         return {}
-    return {
+    predicates = {
         "cuda": partial(can_run_cuda, input, groups),
         "triton": partial(can_run_triton, "sliced_conv3d", input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }
+    return backends.in_order("sliced_conv3d", predicates, input, weight[0], groups)
 
 
 def _check(
@@ -321,7 +322,7 @@ def _plan(
 ) -> _Plan:
     """Validate a call and choose its backend."""
     conv = _check(input, weight, bias, temporal, frame_offsets, *arguments)
-    predicates = _predicates(input, temporal, frame_offsets, conv.groups)
+    predicates = _predicates(input, weight, temporal, frame_offsets, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
 
 
@@ -492,4 +493,4 @@ def _explain(
         optional_facts(op, "frame_offsets", frame_offsets),
     )
     _check(*tensors, stride, padding, dilation, groups, activation)
-    return _predicates(tensors[0], *tensors[3:], groups)
+    return _predicates(*tensors[:2], *tensors[3:], groups)
