@@ -39,7 +39,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", kernels=("triton",))
+run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", cuda_takes=lambda *args: args[8] == 1)
 
 
 def sliced_conv3d_reference(
@@ -230,16 +230,25 @@ def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool
     return groups in (1, input[0][1]) or backends.refuse("sliced_conv3d", "cpu", reason, raise_error)
 
 
+def can_run_cuda(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the CUDA kernels can run a call on such tensors."""
+    if not backends.can_run_cuda("sliced_conv3d", input[2], input[1], raise_error=raise_error):
+        return False
+    reason = f"it takes groups = 1, not {groups}"
+    return groups == 1 or backends.refuse("sliced_conv3d", "cuda", reason, raise_error)
+
+
 def _predicates(
-    input: Facts, temporal: Facts | None, frame_offsets: Facts | None, groups: int
+    input: Facts, weight: Facts, temporal: Facts | None, frame_offsets: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
     if temporal is None and frame_offsets is None:
         return {}
-    return {
-        "cuda": partial(backends.has_no_kernel, "sliced_conv3d", "cuda"),
+    predicates = {
+        "cuda": partial(can_run_cuda, input, groups),
         "triton": partial(can_run_triton, "sliced_conv3d", input, groups),
         "cpu": partial(can_run_cpu, input, groups),
     }
+    return backends.in_order("sliced_conv3d", predicates, input, weight[0], groups)
 
 
 def _check(
@@ -313,7 +322,7 @@ def _plan(
 ) -> _Plan:
     """Validate a call and choose its backend."""
     conv = _check(input, weight, bias, temporal, frame_offsets, *arguments)
-    predicates = _predicates(input, temporal, frame_offsets, conv.groups)
+    predicates = _predicates(input, weight, temporal, frame_offsets, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
 
 
@@ -484,4 +493,4 @@ def _explain(
         optional_facts(op, "frame_offsets", frame_offsets),
     )
     _check(*tensors, stride, padding, dilation, groups, activation)
-    return _predicates(tensors[0], *tensors[3:], groups)
+    return _predicates(*tensors[:2], *tensors[3:], groups)

@@ -41,7 +41,7 @@ struct Task {
   const T* bias;    // [C_out] | null
   Domain domain;
   Geometry geometry;
-  Frames frames;
+  Sources sources;
   Layout target;
   const int64_t* policy;  // [N', C_out] | null
   int64_t clip_frames;
@@ -59,7 +59,7 @@ struct Part {
   int32_t phase_y, phase_x;
   int32_t first_place, first_column;
   int32_t columns;                            // those to compute; the others are zero
-  int32_t first_depth, depths, taps_y, taps;  // temporal taps, and those of the phase
+  int32_t depths, taps_y, taps;               // temporal taps that read a frame, taps of the phase
   int32_t in_count, chunks;                   // input channels, and vectors of them
   int32_t total, steps;                       // vectors over all taps
 };
@@ -74,8 +74,22 @@ struct alignas(kVectorBytes) Pixel {
 
 // What is known of a tap: its place in the weight, how far it reads from where a row does and in which frame.
 struct alignas(kVectorBytes) Tap {
-  int32_t index, y, x, depth;
+  int32_t index, y, x, frame;
 };
+
+// The frame that a temporal tap reads, or -1.
+template <typename T>
+__device__ int64_t source(const Task<T>& task, int64_t row, int32_t tap) {
+  return task.sources != nullptr ? task.sources[row * task.geometry.depth + tap] : row;
+}
+
+// How many of the temporal taps before `end` read a frame.
+template <typename T>
+__device__ int32_t depths_before(const Task<T>& task, int64_t row, int32_t end) {
+  int32_t count = 0;
+  for (int32_t tap = 0; tap < end; ++tap) count += source(task, row, tap) >= 0;
+  return count;
+}
 
 template <typename T, typename Tile>
 __device__ Part part_of(const Task<T>& task) {
@@ -94,9 +108,7 @@ __device__ Part part_of(const Task<T>& task) {
   part.columns = max(0, min(Tile::kColumns, end - part.first_column));
   part.in_count = domain.input_count != nullptr ? domain.input_count[part.row] : task.in_channels;
   part.chunks = (part.in_count + kChunk<T> - 1) / kChunk<T>;
-  const int32_t* range = task.frames.taps;
-  part.first_depth = range != nullptr ? range[2 * part.row] : 0;
-  part.depths = (range != nullptr ? range[2 * part.row + 1] : geometry.depth) - part.first_depth;
+  part.depths = depths_before(task, part.row, geometry.depth);
   part.taps_y = geometry.y.taps_before(geometry.y.kernel, part.phase_y);
   part.taps = part.depths * part.taps_y * geometry.x.taps_before(geometry.x.kernel, part.phase_x);
   part.total = part.columns == 0 ? 0 : part.taps * part.chunks;
@@ -123,14 +135,16 @@ __device__ void find_pixels(Pixel* pixels, const Task<T>& task, const Part& part
 template <typename T, typename Tile>
 __device__ void find_taps(Tap* taps, const Task<T>& task, const Part& part) {
   const auto& [side_y, side_x, depth] = task.geometry;
-  const int32_t plane = side_y.kernel * side_x.kernel, taps_x = part.taps_y == 0 ? 0 : part.taps / part.depths / part.taps_y;
-  for (int32_t i = int32_t(threadIdx.x); i < part.depths * plane; i += Tile::kThreads) {
+  const int32_t plane = side_y.kernel * side_x.kernel;
+  const int32_t taps_x = part.taps / max(1, part.depths * part.taps_y);
+  for (int32_t i = int32_t(threadIdx.x); i < depth * plane; i += Tile::kThreads) {
     const int32_t z = i / plane, y = i % plane / side_x.kernel, x = i % side_x.kernel;
-    if (!side_y.has_tap(y, part.phase_y) || !side_x.has_tap(x, part.phase_x)) continue;
-    const int32_t place = (z * part.taps_y + side_y.taps_before(y, part.phase_y)) * taps_x +
-                          side_x.taps_before(x, part.phase_x);
-    taps[place] = {part.first_depth * plane + i, side_y.offset(y, part.phase_y), side_x.offset(x, part.phase_x),
-                   part.first_depth + z};
+    const int64_t frame = source(task, part.row, z);
+    if (frame < 0 || !side_y.has_tap(y, part.phase_y) || !side_x.has_tap(x, part.phase_x)) continue;
+    const int32_t place =
+        (depths_before(task, part.row, z) * part.taps_y + side_y.taps_before(y, part.phase_y)) * taps_x +
+        side_x.taps_before(x, part.phase_x);
+    taps[place] = {i, side_y.offset(y, part.phase_y), side_x.offset(x, part.phase_x), int32_t(frame)};
   }
 }
 
@@ -198,9 +212,7 @@ class FeatureLoader {
     if (!walk_.inside(part_)) return;
     const Side &side_y = task_.geometry.y, &side_x = task_.geometry.x;
     const Tap tap = taps_[walk_.tap];
-    const int64_t first = task_.frames.first != nullptr ? task_.frames.first[part_.row] : part_.row;
-    frame_ = task_.input + (first + int64_t(tap.depth) * task_.frames.step) * side_y.in * side_x.in * task_.in_chunks *
-                               kChunk<T>;
+    frame_ = task_.input + int64_t(tap.frame) * side_y.in * side_x.in * task_.in_chunks * kChunk<T>;
     tap_offset_ = (tap.y * side_x.in + tap.x) * task_.in_chunks;
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
@@ -626,9 +638,10 @@ void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
 }  // namespace
 
 void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const Domain& domain, const Geometry& geometry,
-              const Frames& frames, const Epilogue& epilogue, bool exact) {
+              Sources sources, const Epilogue& epilogue, bool exact) {
   if (output.numel() == 0) return;
   const Layout target = layout_of(output), source = layout_of(input);
+  STD_TORCH_CHECK(std::max(target.rows, source.rows) <= INT32_MAX, "convolution: expected at most 2^31 - 1 frames");
   STD_TORCH_CHECK(target.channels * target.pixels <= INT32_MAX && source.channels * source.pixels <= INT32_MAX,
                   "convolution: expected at most 2^31 - 1 values per frame");
   const bool packed = domain.inputs == nullptr && is_packed(input);
@@ -639,11 +652,11 @@ void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const D
     const bool by_input = sizeof(T) == 2 && domain.inputs != nullptr && domain.outputs == nullptr;
     const Tensor ordered =
         pack_weight(weight, by_input ? WeightOrder::by_input : WeightOrder::by_output, geometry.y.transposed);
-    const bool same = domain.output_count == nullptr && domain.input_count == nullptr && frames.first == nullptr &&
-                      frames.taps == nullptr && epilogue.policy == nullptr;
+    const bool same = domain.output_count == nullptr && domain.input_count == nullptr && sources == nullptr &&
+                      epilogue.policy == nullptr;
     const int64_t in_chunks = ceil_div(source.channels, kChunk<T>);
     Task<T> task{mutable_data<T>(output), data<T>(features), data<T>(ordered), static_cast<const T*>(epilogue.bias),
-                 domain, geometry, frames, target, epilogue.policy, epilogue.frames, int32_t(source.channels),
+                 domain, geometry, sources, target, epilogue.policy, epilogue.frames, int32_t(source.channels),
                  int32_t(in_chunks), 0, epilogue.activation, 0, 0, 0, false};
     const int64_t filled = ceil_div(by_input ? target.channels : source.channels, kChunk<T>) * kChunk<T>;
     task.weight_inner = int32_t(filled);

@@ -45,13 +45,8 @@ struct Geometry {
   int32_t depth;  // temporal taps of the weight
 };
 
-// Which frames of the input an output frame reads: one for each temporal tap of a range, `step` frames apart, where
-// that of tap 0 may lie outside. Taps that do are not in the range.
-struct Frames {
-  const int32_t* first;  // [N'] | null: the output frame's own row
-  const int32_t* taps;   // [N', 2] | null: all
-  int32_t step;
-};
+// Frames of the input by output frame and temporal tap; -1 is none. Null: the output frame's own row, for one tap.
+using Sources = const int32_t*;  // [N', kt]
 
 // What becomes of a sum: the bias is added, the activation applied and the result stored where the policy says, in this
 // frame where it is kept, and in the next one of the clip where that reuses it.
@@ -67,7 +62,6 @@ struct Epilogue {
 void convolve(Tensor& output,        // [N', C_out, H', W'] | [B, C_out, T', H', W']
               const Tensor& input,   // [N, C_in, H, W] | [B, C_in, T, H, W]
               const Tensor& weight,  // [C_out, C_in, ...], if transposed [C_in, C_out, ...]
-              const Domain& domain, const Geometry& geometry, const Frames& frames, const Epilogue& epilogue,
-              bool exact);
+              const Domain& domain, const Geometry& geometry, Sources sources, const Epilogue& epilogue, bool exact);
 
 }  // namespace adakernels

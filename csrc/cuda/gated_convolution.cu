@@ -25,7 +25,7 @@ void gated_convolution(Tensor& output, const Tensor& input, const Tensor& weight
   const Tensor constants = bias ? torch::stable::contiguous(*bias) : weight;
   const Epilogue epilogue{bias ? constants.const_data_ptr() : nullptr, int32_t(activation),
                           policy ? data<int64_t>(*policy) : nullptr, frames};
-  convolve(output, input, weight, lists.domain(), geometry_of(input, output, window, false), {}, epilogue,
+  convolve(output, input, weight, lists.domain(), geometry_of(input, output, window, false), nullptr, epilogue,
            multiplies_exactly());
 }
 
@@ -37,7 +37,7 @@ void gated_input_gradient(Tensor& grad_input, const Tensor& grad, const Tensor& 
   const DomainLists lists = build_domain(policy, in_policy, frames);
   const auto [outputs, output_count, inputs, input_count] = lists.domain();
   convolve(grad_input, grad, weight, {inputs, input_count, outputs, output_count},
-           geometry_of(grad, grad_input, window, true), {}, {}, multiplies_exactly());
+           geometry_of(grad, grad_input, window, true), nullptr, {}, multiplies_exactly());
 }
 
 }  // namespace adakernels

@@ -46,9 +46,9 @@ void for_vector_size(bool fit, const Run& run) {
     run(std::integral_constant<int, 1>());
 }
 
-// Whether a tensor [N, C, H, W] is channels-last and not contiguous too; throws where it is neither.
-inline bool is_channels_last(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected a tensor of 4 dimensions");
+// Whether a tensor of frames or clips is channels-last and not contiguous too; throws where it is neither.
+inline bool is_channels_last(const Tensor& tensor, const char* name, int64_t rank = 4) {
+  STD_TORCH_CHECK(tensor.dim() == rank, name, ": expected a tensor of ", rank, " dimensions");
   if (tensor.is_contiguous()) return false;
   STD_TORCH_CHECK(has_format(tensor, true), name, ": expected a contiguous or channels-last tensor");
   return true;
@@ -59,12 +59,14 @@ inline bool is_aligned(const Tensor& tensor, size_t bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
-// Uninitialised, on the device of `like`. sizes: [N, C, H, W]
+// Uninitialised, on the device of `like`. sizes: [N, C, H, W] | [B, C, T, H, W]
 inline Tensor empty_in_format(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype,
                               bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+                              !channels_last      ? MemoryFormat::Contiguous
+                              : sizes.size() == 5 ? MemoryFormat::ChannelsLast3d
+                                                  : MemoryFormat::ChannelsLast);
 }
 
 template <typename T>

@@ -55,6 +55,8 @@ struct Task {
   uint32_t height, width;          // of the input
   uint32_t out_height, out_width;
   int64_t pixels, pixels_per_split;  // N * H' * W'
+  Sources sources;                   // [N, kt] | null
+  int depth;                         // kt
 };
 
 // The channels of a range that a frame has, as places among its listed ones.
@@ -90,9 +92,10 @@ __global__ void __launch_bounds__(kSumThreads) bounds_kernel(int32_t* bounds,   
 }
 
 // Begins to copy the vectors of kPixels pixels of both factors from pixel `first` on; those from `end` on are zeros.
+// The input's are of frame `source_row`, or, if that is -1, of the gradient's.
 template <typename T>
 __device__ __forceinline__ void load(T* stage, const Task<T>& task, const Section& outputs, const Section& inputs,
-                                     int tap_y, int tap_x, int64_t first, int64_t end) {
+                                     int tap_y, int tap_x, int64_t first, int64_t end, int64_t source_row) {
   constexpr int kLanes = 8;
   const uint32_t size = task.out_height * task.out_width;
 #pragma unroll
@@ -100,7 +103,7 @@ __device__ __forceinline__ void load(T* stage, const Task<T>& task, const Sectio
     const int k = int(threadIdx.x) / kLanes + i * (kThreads / kLanes);
     const int64_t at = first + k;
     const bool inside = at < end;
-    const int64_t row = at / size;
+    const int64_t row = source_row >= 0 ? source_row : at / size;
     const uint32_t pixel = uint32_t(at % size);
     const int y = int(pixel / task.out_width) * task.window.stride_y + tap_y;
     const int x = int(pixel % task.out_width) * task.window.stride_x + tap_x;
@@ -203,27 +206,31 @@ __global__ void __launch_bounds__(kThreads, 3)
   index /= task.input.ranges;
   const uint32_t out_range = index % task.grad.ranges;
   index /= task.grad.ranges;
-  const int taps = task.window.taps(), tap = int(index) % taps, split = int(index) / taps;
-  const int tap_y = tap / task.window.kernel_x * task.window.dilation_y - task.window.padding_y;
+  const int taps = task.depth * task.window.taps(), tap = int(index) % taps, split = int(index) / taps;
+  const int tap_z = tap / task.window.taps();
+  const int tap_y = tap % task.window.taps() / task.window.kernel_x * task.window.dilation_y - task.window.padding_y;
   const int tap_x = tap % task.window.kernel_x * task.window.dilation_x - task.window.padding_x;
   const int64_t size = int64_t(task.out_height) * task.out_width;
   const int64_t end = min(task.pixels, (split + 1) * task.pixels_per_split);
-  const bool listed = task.grad.list != nullptr || task.input.list != nullptr;
+  // Where frames differ, sums are those of one frame after the other.
+  const bool apart = task.grad.list != nullptr || task.input.list != nullptr || task.sources != nullptr;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   for (int i = int(threadIdx.x); i < kRange * kRange; i += kThreads) total[i] = 0.f;
 
   for (int64_t begin = split * task.pixels_per_split; begin < end;) {
-    const int64_t row = begin / size, stop = listed ? min(end, (row + 1) * size) : end;
+    const int64_t row = begin / size, stop = apart ? min(end, (row + 1) * size) : end;
+    const int64_t source_row = task.sources != nullptr ? task.sources[row * task.depth + tap_z] : apart ? row : -1;
     const Section outputs(task.grad, row, out_range), inputs(task.input, row, in_range);
     const int64_t first = begin;
     begin = stop;
-    if (outputs.empty() || inputs.empty()) continue;
+    if (outputs.empty() || inputs.empty() || (apart && source_row < 0)) continue;
     const int rows = outputs.chunks * kChunk<T>, columns = inputs.chunks * kChunk<T>;
     const int steps = int((stop - first + kPixels<T> - 1) / kPixels<T>);
     Sums sums = {};
     const auto load_step = [&](int step) {
       if (step < steps)
-        load(stages + step % kStages * kStageSize, task, outputs, inputs, tap_y, tap_x, first + step * kPixels<T>, stop);
+        load(stages + step % kStages * kStageSize, task, outputs, inputs, tap_y, tap_x, first + step * kPixels<T>, stop,
+             source_row);
       commit_copies();
     };
     for (int step = 0; step < kStages - 1; ++step) load_step(step);
@@ -296,26 +303,33 @@ void gated_weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor
                            const std::optional<Tensor>& policy, const std::optional<Tensor>& in_policy, int64_t frames,
                            const Window& window) {
   const DomainLists lists = build_domain(policy, in_policy, frames);
-  const Domain domain = lists.domain();
+  weight_gradient(grad_weight, grad, input, lists.domain(), nullptr, window);
+}
+
+void weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor& input, const Domain& domain, Sources sources,
+                     const Window& window) {
   const auto pack = [](const Tensor& features, const int32_t* list, const int32_t* count) {
     return list == nullptr && is_packed(features) ? features : pack_features(features, list, count);
   };
   const Tensor packed_grad = pack(grad, domain.outputs, domain.output_count);
   const Tensor packed_input = pack(input, domain.inputs, domain.input_count);
+  const int depth = grad_weight.dim() == 5 ? int(grad_weight.size(2)) : 1;
   const Stream stream(grad);
-  for_float_type(grad, "gated_conv2d", [&](auto zero) {
+  for_float_type(grad, "weight gradient", [&](auto zero) {
     using T = decltype(zero);
     std::optional<Tensor> grad_bounds, input_bounds;
     const Task<T> task{factor_of<T>(packed_grad, grad.size(1), domain.outputs, domain.output_count, grad_bounds),
                        factor_of<T>(packed_input, input.size(1), domain.inputs, domain.input_count, input_bounds),
                        window,
-                       uint32_t(input.size(2)),
-                       uint32_t(input.size(3)),
-                       uint32_t(grad.size(2)),
-                       uint32_t(grad.size(3)),
-                       grad.size(0) * grad.size(2) * grad.size(3),
-                       0};
-    const int64_t taps = window.taps(), channels = grad.size(1) * input.size(1);
+                       uint32_t(input.size(input.dim() - 2)),
+                       uint32_t(input.size(input.dim() - 1)),
+                       uint32_t(grad.size(grad.dim() - 2)),
+                       uint32_t(grad.size(grad.dim() - 1)),
+                       grad.numel() / std::max<int64_t>(grad.size(1), 1),
+                       0,
+                       sources,
+                       depth};
+    const int64_t taps = depth * window.taps(), channels = grad.size(1) * input.size(1);
     const int64_t blocks = taps * task.grad.ranges * task.input.ranges;
     const int64_t wanted = std::max<int64_t>(kBlocks / blocks, 1);
     Task<T> split = task;

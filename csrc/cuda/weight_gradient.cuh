@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/convolution.cuh"
 #include "cuda/frame_shape.cuh"
 #include "cuda/tensors.cuh"
 
@@ -16,5 +17,11 @@ void gated_weight_gradient(Tensor& grad_weight,                     // [C_out, C
                            const std::optional<Tensor>& policy,     // [N, C_out]
                            const std::optional<Tensor>& in_policy,  // [N, C_in]
                            int64_t frames, const Window& window);
+
+// The same over any domain of a convolution with taps in time as well.
+void weight_gradient(Tensor& grad_weight,  // [C_out, C_in, kh, kw] | [C_out, C_in, kt, kh, kw]
+                     const Tensor& grad,   // [N', C_out, H', W'] | [B, C_out, T', H', W']
+                     const Tensor& input,  // [N, C_in, H, W] | [B, C_in, T, H, W]
+                     const Domain& domain, Sources sources, const Window& window);
 
 }  // namespace adakernels

@@ -39,7 +39,12 @@ INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
         100: ("UTCHMMA",),
     },
 }
-CUDA_SOURCES = {path.name: path for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")}
+# Others only launch kernels.
+CUDA_SOURCES = {
+    path.name: path
+    for path in (*ROOT.glob("csrc/cuda/*.cu"), ROOT / "tests/native/probes.cu")
+    if "__global__" in path.read_text()
+}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from adakernels.ops import sliced_conv3d_reference
 from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops._layout import dense
 
-pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -105,8 +103,18 @@ def run(kernels: Any, case: Case, *tensors: Tensor | None) -> Tensor:
     return kernels.sliced_conv3d(*tensors, *case.convolution, ACTIVATIONS.index(case.activation))
 
 
+# The CUDA kernels are for groups = 1.
+@pytest.mark.parametrize(
+    ("kernels", "case"),
+    [
+        pytest.param(name, case, id=f"{label}-{name}")
+        for label, case in CASES.items()
+        for name in ("cuda", "triton")
+        if name == "triton" or case.groups == 1
+    ],
+    indirect=["kernels"],
+)
 @pytest.mark.parametrize(("dtype", "channels_last"), FORMS, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_the_reference_with_its_gradients(
     kernels: Any, case: Case, dtype: torch.dtype, channels_last: bool
 ) -> None:
