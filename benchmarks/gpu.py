@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -23,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import adakernels as ak
-from adakernels.ops import patch_gather_reference, temporal_fuse_reference
+from adakernels.backends import MEASURED, ON_GPU, device_file, shape_class
+from adakernels.ops import gated_conv2d_reference, patch_gather_reference, temporal_fuse_reference
+from adakernels.ops._conv_arguments import activate
+from benchmarks.cases import ConvShape, draw_policy, work_ratio
 from benchmarks.measure import FORMATS, Race, assert_matches
 
 ROUNDS = 20
@@ -35,9 +38,13 @@ Call = Callable[[], Any]
 class Contest:
     """Contenders for the same task: each makes one call for every set of inputs."""
 
-    def __init__(self, name: str, bytes_moved: int) -> None:
+    def __init__(self, name: str, bytes_moved: int, decides: tuple[str, str], work: float = 1.0) -> None:
+        """`decides`: operator and class of shapes whose backend the times choose. `work`: the share of the
+        dense multiply-adds that is left to do."""
         self.name = name
         self.bytes_moved = bytes_moved
+        self.decides = decides
+        self.work = work
         self.calls: dict[str, list[Call]] = {}
 
     def add(self, name: str, call: Callable[..., Any], inputs: Sequence[Sequence[Any]]) -> None:
@@ -107,7 +114,14 @@ def measure(contest: Contest) -> dict[str, Any]:
         for name, spread in race.times().items()
     }
     memory = {name: peak_memory(calls[0]) for name, calls in contest.calls.items()}
-    return {"name": contest.name, "bytes": contest.bytes_moved, "times": times, "peak_memory": memory}
+    return {
+        "name": contest.name,
+        "bytes": contest.bytes_moved,
+        "work": contest.work,
+        "decides": contest.decides,
+        "times": times,
+        "peak_memory": memory,
+    }
 
 
 def backends() -> list[str]:
@@ -143,7 +157,8 @@ def fuse_contest(dtype: torch.dtype, format: str) -> Contest:
         return input.contiguous(memory_format=FORMATS[format]), policy
 
     inputs = sets_of_inputs(make, bytes_each)
-    contest = Contest(f"temporal_fuse {rows}x{channels}x{size}x{size} {format} {dtype}", bytes_each)
+    name = f"temporal_fuse {rows}x{channels}x{size}x{size} {format} {dtype}"
+    contest = Contest(name, bytes_each, ("temporal_fuse", shape_class(dtype, (size, size))))
     reference = partial(temporal_fuse_reference, frames=frames)
     contest.add("copy", lambda input, policy: input.clone(), inputs)
     contest.add("torch", reference, inputs)
@@ -181,7 +196,8 @@ def gather_contest(dtype: torch.dtype, format: str, gradient: bool) -> Contest:
         return run
 
     inputs = sets_of_inputs(make, bytes_each)
-    contest = Contest(f"patch_gather{' and gradient' * gradient} {format} {dtype}", bytes_each)
+    op = "patch_gather_grad_origin" if gradient else "patch_gather"
+    contest = Contest(f"{op} {format} {dtype}", bytes_each, (op, shape_class(dtype, (size, size))))
     reference = with_gradient(lambda input, origin: patch_gather_reference(input, origin, (size, size)))
     contest.add("copy", lambda input, origin: input[..., :size, :size].clone(), inputs)
     contest.add("torch", with_gradient(partial(sample, size=size)), inputs)
@@ -190,7 +206,83 @@ def gather_contest(dtype: torch.dtype, format: str, gradient: bool) -> Contest:
     return contest
 
 
+def conv_contest(shape: ConvShape, updated: float, dtype: torch.dtype, gradient: bool) -> Contest:
+    """8 clips of 8 frames under policies of their own, beside cuDNN's convolution of all channels."""
+    rows, frames = 64, 8
+    sizes = (
+        (rows, shape.in_channels, shape.size, shape.size),
+        (rows, shape.out_channels, *(shape.out_size,) * 2),
+    )
+    weight_size = (shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.kernel)
+    bytes_each = sum(math.prod(size) for size in (*sizes, weight_size)) * dtype.itemsize
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        leaves = [
+            torch.randn(size, device="cuda", generator=generator).to(dtype)
+            for size in (sizes[0], weight_size, weight_size[:1])
+        ]
+        leaves[:2] = [leaf.contiguous(memory_format=torch.channels_last) for leaf in leaves[:2]]
+        leaves[1] /= math.prod(weight_size[1:]) ** 0.5
+        policy = draw_policy(updated, rows, shape.out_channels, frames, seed)
+        return *(leaf.requires_grad_(gradient) for leaf in leaves), policy.cuda()
+
+    def with_gradients(call: Callable[..., Tensor]) -> Callable[..., Any]:
+        def run(*inputs: Tensor) -> Any:
+            output = call(*inputs)
+            if not gradient:
+                return output
+            return torch.autograd.grad(output, inputs[:3], torch.ones_like(output))
+
+        return run
+
+    def dense(input: Tensor, weight: Tensor, bias: Tensor, policy: Tensor) -> Tensor:
+        convolved = F.conv2d(input, weight, bias, shape.stride, shape.padding, groups=shape.groups)
+        return activate(convolved, shape.activation)
+
+    arguments = {
+        "frames": frames,
+        "stride": shape.stride,
+        "padding": shape.padding,
+        "groups": shape.groups,
+        "activation": shape.activation,
+    }
+    inputs = sets_of_inputs(make, bytes_each)
+    op = "gated_conv2d_backward" if gradient else "gated_conv2d"
+    work = work_ratio(shape, inputs[0][3].cpu(), None, frames)
+    decides = op, shape_class(dtype, sizes[0], weight_size, shape.groups)
+    contest = Contest(f"{op} {shape.name} u={updated} {dtype}", bytes_each, decides, work)
+    reference = with_gradients(partial(gated_conv2d_reference, **arguments))
+    contest.add("dense", with_gradients(dense), inputs)
+    contest.add("masked", reference, inputs)
+    add_ours(
+        contest, with_gradients(partial(ak.gated_conv2d, **arguments)), inputs, reference(*inputs[0]), dtype
+    )
+    return contest
+
+
+# Gated convolutions of ResNet-18 and ResNet-50, and depthwise ones of EfficientNet-b0.
+CONVOLUTIONS = (
+    *(ConvShape(width, width, size) for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))),
+    *(
+        ConvShape(*widths, size, 1)
+        for *widths, size in ((256, 64, 56), (512, 128, 28), (1024, 256, 14), (2048, 512, 7))
+    ),
+    *(
+        ConvShape(width, width, size, kernel, groups=width)
+        for width, size, kernel in ((144, 56, 3), (480, 14, 5))
+    ),
+)
+
 CONTESTS = {
+    "gated_conv2d": [
+        *(
+            partial(conv_contest, shape, updated, torch.bfloat16, False)
+            for shape in CONVOLUTIONS
+            for updated in (0.75, 0.5, 0.25)
+        ),
+        *(partial(conv_contest, shape, 0.5, torch.bfloat16, True) for shape in CONVOLUTIONS),
+    ],
     "temporal_fuse": [
         partial(fuse_contest, dtype, format)
         for dtype in (torch.bfloat16, torch.float32)
@@ -228,10 +320,27 @@ def render(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fastest(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """By operator and class of shapes, the backend that took the least time by graph in all its contests."""
+    sums: dict[tuple[str, str], dict[str, float]] = {}
+    for record in records:
+        of_class = sums.setdefault(tuple(record["decides"]), {})
+        for name in ON_GPU:
+            if f"{name}, graph" in record["times"]:
+                of_class[name] = of_class.get(name, 0.0) + record["times"][f"{name}, graph"]["p50"]
+    found: dict[str, dict[str, str]] = {}
+    for (op, shapes), times in sums.items():
+        if len(times) == len(ON_GPU):
+            found.setdefault(op, {})[shapes] = min(times, key=times.__getitem__)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
+    parser.add_argument("--choose", action="store_true", help="let these times choose between the backends")
     arguments = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: torch finds no NVIDIA GPU")
     records = []
@@ -241,12 +350,18 @@ def main() -> None:
             print(render(records[-1]), flush=True)
             torch.cuda.empty_cache()
     what = machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", what["device"].lower()).strip("-")
-    folder = arguments.output or Path(__file__).parent / "results" / slug
+    name = device_file(what["device"])
+    folder = arguments.output or Path(__file__).parent / "results" / name.removesuffix(".json")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "kernels.json"
     file.write_text(json.dumps({"machine": what, "records": records}, indent=1) + "\n")
     print(f"wrote {file}")
+    if arguments.choose:
+        MEASURED.mkdir(exist_ok=True)
+        (MEASURED / name).write_text(
+            json.dumps({"machine": what, "fastest": fastest(records)}, indent=1) + "\n"
+        )
+        print(f"wrote {MEASURED / name}")
 
 
 if __name__ == "__main__":

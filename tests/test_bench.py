@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The suites are no part of the installed package.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, clips, measure, memory, networks, report  # noqa: E402
+from benchmarks import cases, clips, gpu, measure, memory, networks, report  # noqa: E402
 from benchmarks.cases import KEEP, REUSE, SKIP, ConvShape, LayerCase  # noqa: E402
 from benchmarks.layers import Layer  # noqa: E402
 from benchmarks.patches import Patches  # noqa: E402
@@ -557,3 +557,17 @@ def test_readme_example() -> None:
     names: dict[str, Any] = {}
     exec(code[1], names)
     assert names["output"].shape == (16, 64, 56, 56)
+
+
+def test_times_on_a_gpu_choose_a_backend() -> None:
+    def record(op: str, shapes: str, **times: float) -> dict[str, Any]:
+        spreads = {f"{name}, graph": {"p50": time} for name, time in times.items()}
+        return {"decides": (op, shapes), "times": spreads}
+
+    records = [
+        record("a", "small", cuda=1.0, triton=2.0, dense=0.1),
+        record("a", "small", cuda=4.0, triton=2.0),
+        record("a", "large", cuda=1.0, triton=2.0),
+        record("b", "small", triton=1.0),
+    ]
+    assert gpu.fastest(records) == {"a": {"small": "triton", "large": "cuda"}}

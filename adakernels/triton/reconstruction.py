@@ -303,7 +303,7 @@ class Reconstruction:
         gate = self.gates[CHANNELS]
         filters = self.channel_weight if CHANNELS else self.temporal_weight
         assert gate is not None
-        clips, levels = gate.shape
+        levels = gate.shape[1]
         sums = self._sums(grad, computed, levels if CHANNELS else 2**levels - 1, CHANNELS=CHANNELS)
         channels, taps = computed.shape[1], sums.shape[2]
         kept = sums.new_zeros(1, taps, channels)
@@ -341,7 +341,7 @@ class Reconstruction:
         *,
         CHANNELS: bool,
     ) -> Tensor:  # [B, branches, k * k, C]
-        clips, channels, frames, height, width = computed.shape
+        clips, channels, frames = computed.shape[:3]
         given = computed if CHANNELS else self.features(computed)
         size = self._size(CHANNELS)
         chosen = configuration("depthwise weight gradient", format_name(computed))
@@ -401,7 +401,7 @@ class Reconstruction:
         filters = self.channel_weight if channels else self.temporal_weight
         return 1 if filters is None else filters.shape[-1]
 
-    def _gate_arguments(self) -> tuple[Tensor | None, Tensor | None, int, int]:
+    def _gate_arguments(self) -> tuple[Tensor | int | None, ...]:
         return *self.gates, *(1 if gate is None else gate.shape[1] for gate in self.gates)
 
     @staticmethod
