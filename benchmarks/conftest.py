@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, sliced, slim
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +22,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "model_case": cases.MODELS,
         "patch_case": cases.PATCHES,
         "memory_case": cases.MEMORY,
+        "clip_case": sliced.CLIPS,
+        "ada3d_case": sliced.MODELS,
+        "slim_case": slim.SLIM,
+        "slim_model_case": slim.SLIM_MODELS,
     }
     for argument, source in sources.items():
         if argument in metafunc.fixturenames:

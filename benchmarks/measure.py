@@ -142,9 +142,9 @@ class _no_garbage_collection:
         gc.enable()
 
 
-def rounds_for(lap_time: float, budget: float) -> int:
-    """As many rounds as `budget` seconds allow, never fewer than 15 nor more than 60."""
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(lap_time, 1e-9))))
+def rounds_for(lap_time: float, budget: float, least: int = MIN_ROUNDS) -> int:
+    """As many rounds as `budget` seconds allow, never fewer than `least` nor more than 60."""
+    return max(least, min(MAX_ROUNDS, int(budget / max(lap_time, 1e-9))))
 
 
 def assert_matches(actual: Result, expected: Result, tolerance: float = 1e-4) -> None:
@@ -170,6 +170,8 @@ def contest(
     *,
     quick: bool,
     sample_time: float = 0.0,
+    warm_up: int = WARM_UP,
+    min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Race groups of variants, one of which is "ours", and return times and winners as parts of a record.
 
@@ -182,6 +184,7 @@ def contest(
         quick: race only the variant of each group that was fastest in the warm-up, and for 15 rounds;
             otherwise all that came within 25 % of it, for half a second or 15 rounds, whichever is longer.
         sample_time: as in `Race`.
+        warm_up, min_rounds: laps before the race and in it at least, fewer than usual for calls of seconds.
     """
     for group, tolerance in tolerances.items():
         for runner in groups[group].values():
@@ -190,7 +193,7 @@ def contest(
         f"{group} {name}": runner for group, variants in groups.items() for name, runner in variants.items()
     }
     race = Race(runners, sample_time=sample_time)
-    warm = race.warm_up(WARM_UP)
+    warm = race.warm_up(warm_up)
     for group in groups:
         fastest = min(warm[name] for name in runners if name.startswith(group))
         for name in runners:
@@ -198,7 +201,7 @@ def contest(
                 race.drop(name)
     subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
     lap_time = sum(warm[name] * race.calls[name] for name in race.runners)
-    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET))
+    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET, min_rounds))
     assert_matches(result, expected, tolerances["ours"])
 
     times = race.times()

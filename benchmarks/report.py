@@ -26,6 +26,8 @@ FAMILY_TITLES = {
     "gated_depthwise": "depthwise",
     "gated_backward": "with backward",
     "model": "model",
+    "sliced_conv3d": "sliced conv3d",
+    "ada3d_model": "Ada3D model",
 }
 PATCH_TITLES = {
     "patch_forward": "forward",
@@ -189,6 +191,8 @@ class Row:
         metric, many = self.target.metric, self.cases > 1
         if metric == "eta":
             return f"η {self.mean:.2f}" + (f" mean, {self.worst:.2f} min" if many else "")
+        if metric == "excess":
+            return f"{self.worst:+.2f} of dense" + (" max" if many else "")
         if metric == "overhead_us":
             return f"{self.worst:.1f} µs" + (" max" if many else "")
         if metric == "speedup":
@@ -372,6 +376,36 @@ def render_patches(results: Results) -> str:
     return _markdown(header, lines)
 
 
+def render_sliced(results: Results) -> str:
+    """What each sliced case and Ada3D network took, in milliseconds, and in which form, for a page."""
+    lines = []
+    for record in results["records"]:
+        if record["family"] not in ("sliced_conv3d", "ada3d_model"):
+            continue
+        forms = {group: name.partition(" ")[2] for group, name in record["best"].items()}
+        ms = {group: f"{seconds * 1e3:.2f}" for group, seconds in medians(record).items()}
+        lines.append(
+            (
+                record["case"],
+                f"{record['work_ratio']:.2f}",
+                f"{ms['dense']} ({forms['dense']})",
+                ms.get("masked", ""),
+                f"{ms['ours']} ({forms['ours']})",
+                f"{record['time_ratio']:.2f}",
+                f"{record['eta']:.2f}",
+            )
+        )
+    header = ("case", "work ÷ dense", "dense, ms", "masked, ms", "ours, ms", "time ÷ dense", "η")
+    return _markdown(header, lines)
+
+
+def _slim(results: Results) -> str:
+    # Imports torch, which the rest of this module does without.
+    from benchmarks.slim import SLIM_HEADER, render_slim
+
+    return _markdown(SLIM_HEADER, render_slim(results["records"]))
+
+
 def plot(results: Results, picture: Path) -> None:
     """Draw time against work, and η by family and policy, into a PNG."""
     from matplotlib.figure import Figure
@@ -433,7 +467,9 @@ def rewrite_pages(root: Path, file: Path) -> list[Path]:
     texts = {
         "table": lambda page: _measured_section(results, file, page),
         "gap": lambda page: f"Measured on: {describe(results)}.\n\n{render_gap(results)}",
+        "sliced": lambda page: f"Measured on: {describe(results)}.\n\n{render_sliced(results)}",
         "patches": lambda page: f"Measured on: {describe(results)}.\n\n{render_patches(results)}",
+        "slim": lambda page: f"Measured on: {describe(results)}.\n\n{_slim(results)}",
     }
     changed = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):

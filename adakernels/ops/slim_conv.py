@@ -179,10 +179,11 @@ def _unfolded(
     size: Sequence[int],
 ) -> Tensor:  # [B, C, T, H, W]
     if fold == "frames":
-        return tensor.unflatten(0, (clips, size[0])).transpose(1, 2)
-    return tensor.unflatten(3, size[1:]) if fold else tensor
+        return tensor.view(clips, size[0], *tensor.shape[1:]).transpose(1, 2)
+    return tensor.view(*tensor.shape[:3], *size[1:]) if fold else tensor
 
 
+@lru_cache(maxsize=4096)
 def _folded_arguments(fold: str, conv: ConvArguments) -> tuple[list[int], list[int], list[int], int]:
     kept = {"": slice(None), "frames": slice(1, None), "columns": slice(None, 2)}[fold]
     return list(conv.stride[kept]), list(conv.padding[kept]), list(conv.dilation[kept]), conv.groups

@@ -378,7 +378,7 @@ class Reconstruction:
         output = torch.empty_like(given)
         if output.numel() == 0:
             return output
-        chosen = configuration("depthwise", format_name(given))
+        chosen = configuration("reconstruction", format_name(given))
         clips, channels, frames, height, width = given.shape
         blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(channels, chosen["b_channel"])
         reconstruction_kernel[(clips * frames * blocks,)](

@@ -142,15 +142,39 @@ Tensor torch_convolution(const Tensor& input, const Tensor& weight, const std::o
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Runs of neighbouring clips with the same taps are one call each: of single frames for the centre tap, of clips of one
-// length for all taps.
-void convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, const Tensor& input,
-                       const Tensor& weight, const std::optional<Tensor>& bias, Activation activation,
-                       const Tensor& output) {
-  const KernelAxis &t = problem.t, &y = problem.y, &x = problem.x;
+// to = the activated `from`, which may be the same memory.
+void activate(Activation activation, const Tensor& from, void* to) {
+  constexpr int64_t chunk = 64 * 1024;
   const Kernels& kernels = best_kernels();
-  const Scalar scalar = planes_of(output).scalar;
-  const int64_t frame_size = problem.out_channels * output.size(output.dim() - 2) * output.size(output.dim() - 1);
+  const Scalar scalar = from.scalar_type() == ScalarType::Float ? Scalar::f32 : Scalar::bf16;
+  const int64_t count = from.numel(), size = int64_t(from.element_size());
+  const char* source = static_cast<const char*>(from.const_data_ptr());
+  run_tasks(ceil_div(count, chunk), double(count), [&](int64_t i, Scratch&) {
+    kernels.activate_values(activation, scalar, source + i * chunk * size, static_cast<char*>(to) + i * chunk * size,
+                            std::min(chunk, count - i * chunk));
+  });
+}
+
+// The elements of `values` in the order that they lie in memory, as a tensor of the shape and strides of `like`.
+Tensor in_shape_of(const Tensor& like, const Tensor& values) {
+  const std::vector<int64_t> sizes = sizes_of(like);
+  std::vector<int64_t> strides;
+  for (int64_t d = 0; d < like.dim(); ++d) strides.push_back(like.stride(d));
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack = {from(values), from(sizes), from(strides), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Runs of neighbouring clips with the same taps are one call each: of single frames for the centre tap, of clips of one
+// length for all taps. The result of a single run stands for `output`, the others are copied there.
+Tensor convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, const Tensor& input,
+                         const Tensor& weight, const std::optional<Tensor>& bias, Activation activation,
+                         const Tensor& output) {
+  const KernelAxis &t = problem.t, &y = problem.y, &x = problem.x;
+  const int64_t rank = output.dim();
+  const int64_t frame_bytes =
+      output.size(1) * output.size(rank - 2) * output.size(rank - 1) * int64_t(output.element_size());
   std::optional<Tensor> centre;
   for (size_t begin = 0, end; begin < clips.size(); begin = end) {
     const Clip& first = clips[begin];
@@ -167,7 +191,7 @@ void convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, c
         return torch_convolution(view, weight, bias, {t.stride, y.stride, x.stride}, {t.padding, y.padding, x.padding},
                                  {t.dilation, y.dilation, x.dilation});
       }
-      if (!centre.has_value()) centre = torch::stable::select(weight, 2, t.size / 2);
+      if (!centre.has_value()) centre = torch::stable::contiguous(torch::stable::select(weight, 2, t.size / 2));
       const Tensor view = clips_view(input, first.input, 1, frames, true);
       return torch_convolution(view, *centre, bias, {y.stride, x.stride}, {y.padding, x.padding},
                                {y.dilation, x.dilation});
@@ -175,16 +199,13 @@ void convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, c
     using torch::headeronly::MemoryFormat;
     if (!has_format(result, true))
       result = torch::stable::contiguous(result, sliced ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
-    const char* from = static_cast<const char*>(result.const_data_ptr());
-    char* to = static_cast<char*>(output.mutable_data_ptr()) +
-               first.output * frame_size * int64_t(output.element_size());
-    constexpr int64_t chunk = 64 * 1024;
-    const int64_t count = frames * frame_size;
-    run_tasks(ceil_div(count, chunk), double(count), [&](int64_t i, Scratch&) {
-      const int64_t at = i * chunk * int64_t(output.element_size());
-      kernels.activate_values(activation, scalar, from + at, to + at, std::min(chunk, count - i * chunk));
-    });
+    if (end - begin == clips.size()) {
+      activate(activation, result, result.mutable_data_ptr());
+      return in_shape_of(output, result);
+    }
+    activate(activation, result, static_cast<char*>(output.mutable_data_ptr()) + first.output * frame_bytes);
   }
+  return output;
 }
 
 Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
@@ -197,10 +218,8 @@ Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T
   const Problem problem = checked_problem(input, weight, frame_offsets, stride, padding, dilation, groups);
   Tensor output = empty_like_format(input, output_sizes(problem, input));
   Domain domain(problem, input, output, temporal, frame_offsets);
-  if (output.numel() > 0 && runs_on_torch(problem, input)) {
-    convolve_on_torch(problem, domain.clips(), input, weight, bias, Activation(activation), output);
-    return output;
-  }
+  if (output.numel() > 0 && runs_on_torch(problem, input))
+    return convolve_on_torch(problem, domain.clips(), input, weight, bias, Activation(activation), output);
   convolve(problem, input, weight, bias, activation, output, domain.units(), no_channels());
   return output;
 }

@@ -60,7 +60,7 @@ CASES = {
         ((0, 1), (0.4, 0.3)), None, 5, 4, 5, (2, 3), (3, 1, 1), (2, 1, 1), (1, 0, 0), activation="silu"
     ),
     "channels only, two blocks": Case(
-        None, ((0, 0, 1), (0, 0.5, 0.5)), 1, 3, 66, (2, 2), (1, 1, 1), padding=(0, 0, 0)
+        None, ((0, 0.5, 0.5),), 1, 3, 66, (1, 2), (1, 1, 1), padding=(0, 0, 0)
     ),
     "dilated in time, filters of one tap": Case(
         ((0, 1, 0), (0, 0, 1)),
@@ -68,7 +68,7 @@ CASES = {
         7,
         3,
         6,
-        (3, 3),
+        (2, 3),
         (3, 1, 2),
         (1, 1, 2),
         (2, 0, 1),
@@ -156,7 +156,7 @@ def test_gradients(
 ) -> None:
     for module in ("convolve", "reconstruction"):
         # The sums of a few programs, or of one, as there would be with more frames.
-        monkeypatch.setattr(sys.modules[f"adakernels.triton.{module}"], "PROGRAMS", 64 * dtype.itemsize - 127)
+        monkeypatch.setattr(sys.modules[f"adakernels.triton.{module}"], "PROGRAMS", 1 if dtype == torch.float16 else 128)
     # The kernels begin behind the activation.
     case = replace(case, activation=None)
     tensors = make(case, dtype, format, kernels.device)

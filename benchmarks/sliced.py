@@ -1,0 +1,253 @@
+"""Sliced 3D convolutions and Ada3D networks: the cases, and the forms that are raced against each other."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adakernels as ak
+from adakernels.models import Ada3DResNet
+from adakernels.nn.folding import fold_batch_norm
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+FRAME_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class ClipCase:
+    """A kt x k x k convolution of clips of these lengths; every second one, from the first on, is 2D."""
+
+    in_channels: int
+    out_channels: int
+    size: int
+    lengths: tuple[int, ...]
+    taps: int = 3
+    kernel: int = 1
+    stride: int = 1
+    quick: bool = False
+
+    family = "sliced_conv3d"
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        return self.taps // 2, self.kernel // 2, self.kernel // 2
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return 1, self.stride, self.stride
+
+    @property
+    def ragged(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.in_channels}to{self.out_channels}k{self.taps}x{self.kernel}at{self.size}"
+        clips = "+".join(map(str, self.lengths)) if self.ragged else f"{len(self.lengths)}x{self.lengths[0]}"
+        return f"{shape}-{clips}"
+
+    @property
+    def seed(self) -> int:
+        return zlib.crc32(f"{self.family}/{self.name}".encode())
+
+
+_SHAPES = (
+    (64, 64, 64),
+    (256, 64, 64),
+    (256, 128, 64),
+    (512, 128, 32),
+    (512, 256, 32),
+    (1024, 256, 16),
+    (1024, 512, 16),
+    (2048, 512, 8),
+)
+_LENGTHS = ((8,), (8,) * 8, (5, 8, 11, 16))
+QUICK = {(256, 64, 64), (1024, 256, 16)}
+CLIPS = [
+    ClipCase(*shape, lengths, quick=shape in QUICK and lengths == (8,))
+    for shape in _SHAPES
+    for lengths in _LENGTHS
+] + [ClipCase(3, 64, 256, lengths, taps=5, kernel=7, stride=2) for lengths in _LENGTHS]
+
+
+class Clips:
+    """Random clips, weights and flags of a case; ragged ones are packed."""
+
+    def __init__(self, case: ClipCase) -> None:
+        self.case = case
+        random = torch.Generator().manual_seed(case.seed)
+        fan_in = case.in_channels * case.taps * case.kernel**2
+        shape = (case.out_channels, case.in_channels, case.taps, case.kernel, case.kernel)
+        self.weight = torch.randn(shape, generator=random) * (2 / fan_in) ** 0.5
+        self.bias = torch.randn(case.out_channels, generator=random) * 0.1
+        self.temporal = torch.arange(len(case.lengths)) % 2 == 1
+        self.offsets = None
+        image = (case.in_channels, case.size, case.size)
+        if case.ragged:
+            self.offsets = F.pad(torch.tensor(case.lengths), (1, 0)).cumsum(0).int()
+            self.input = torch.randn(sum(case.lengths), *image, generator=random)
+        else:
+            clips = torch.randn(len(case.lengths), case.lengths[0], *image, generator=random)
+            self.input = clips.transpose(1, 2).contiguous()
+        self.taps = [self.weight[:, :, j].contiguous() for j in range(case.taps)]
+
+    def in_format(self, name: str) -> Clips:
+        """The same clips in the memory format of that name."""
+        other = copy(self)
+        order = FRAME_FORMATS[name] if self.case.ragged else FORMATS[name]
+        other.input = self.input.contiguous(memory_format=order)
+        other.weight = self.weight.contiguous(memory_format=FORMATS[name])
+        other.taps = [tap.contiguous(memory_format=FRAME_FORMATS[name]) for tap in self.taps]
+        return other
+
+    @property
+    def work(self) -> float:
+        """work_ours / work_dense, from the flags."""
+        pairs = zip(self.case.lengths, self.temporal.tolist(), strict=True)
+        done = sum(length * (1 if whole else 1 / self.case.taps) for length, whole in pairs)
+        return done / sum(self.case.lengths)
+
+    def _batches(self) -> list[Tensor]:
+        """Clips of one length together: packed ones are views of [1, C, T, H, W]."""
+        if not self.case.ragged:
+            return [self.input]
+        return [clip.transpose(0, 1)[None] for clip in self.input.split(self.case.lengths)]
+
+    def _together(self, batches: Sequence[Tensor]) -> Tensor:
+        if not self.case.ragged:
+            return batches[0]
+        return torch.cat([clip[0].transpose(0, 1) for clip in batches])
+
+    def dense(self) -> Tensor:
+        """All temporal taps by the 3D convolution, then ReLU in place."""
+        case = self.case
+        return self._together(
+            [F.conv3d(x, self.weight, self.bias, case.strides, case.padding).relu_() for x in self._batches()]
+        )
+
+    def summed(self) -> Tensor:
+        """All temporal taps as a sum of 2D convolutions of all frames, then ReLU in place."""
+        case, centre = self.case, self.case.taps // 2
+        outputs = []
+        for clips in self._batches():
+            length = clips.shape[2]
+            frames = clips.transpose(1, 2)
+
+            def convolve(begin: int, end: int, tap: int, frames: Tensor = frames) -> Tensor:
+                bias = self.bias if tap == centre else None
+                part = frames[:, begin:end].flatten(0, 1)
+                output = F.conv2d(part, self.taps[tap], bias, case.stride, case.kernel // 2)
+                return output.unflatten(0, (len(frames), end - begin))
+
+            output = convolve(0, length, centre)
+            for tap in range(case.taps):
+                shift = tap - centre
+                if shift != 0 and abs(shift) < length:
+                    begin, end = max(0, -shift), min(length, length - shift)
+                    output[:, begin:end] += convolve(begin + shift, end + shift, tap)
+            outputs.append(output.relu_().transpose(1, 2))
+        return self._together(outputs)
+
+    def masked(self) -> Tensor:
+        """The same math as ours by both convolutions of everything and a mask."""
+        case, centre = self.case, self.case.taps // 2
+        middle = self.weight[:, :, centre : centre + 1]
+        flags = self.temporal[:, None, None, None, None]
+        parts = flags.split(1) if case.ragged else [flags]
+        outputs = []
+        for clips, flag in zip(self._batches(), parts, strict=True):
+            whole = F.conv3d(clips, self.weight, self.bias, case.strides, case.padding)
+            flat = F.conv3d(clips, middle, self.bias, case.strides, (0, *case.padding[1:]))
+            outputs.append(torch.where(flag, whole, flat).relu_())
+        return self._together(outputs)
+
+    def ours(self) -> Tensor:
+        """The package's operator, flags and offsets included."""
+        case = self.case
+        return ak.sliced_conv3d(
+            self.input,
+            self.weight,
+            self.bias,
+            self.temporal,
+            stride=case.strides,
+            padding=case.padding,
+            frame_offsets=self.offsets,
+            activation="relu",
+        )
+
+    def reference(self) -> Tensor:
+        """The operator's reference."""
+        with ak.use_backend("reference"):
+            return self.ours()
+
+
+@dataclass(frozen=True)
+class Ada3DCase:
+    """I3D-ResNet-50 of `clips` clips of 8 frames: about 2.2 of 5 stages 3D and 5.7 of 8 frames kept."""
+
+    clips: int
+    quick: bool = False
+
+    family = "ada3d_model"
+
+    @property
+    def name(self) -> str:
+        return f"ada3d_i3d_resnet50-{self.clips}x8frames"
+
+    def policies(self) -> tuple[Tensor, Tensor]:  # [B, 5], [B, 8]
+        """Which stages are 3D, and which frames are kept, as Ada3D reports on average (FCVID)."""
+        random = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+
+        def draw(per_clip: int, share: float) -> Tensor:
+            count = round(self.clips * share)
+            flags = torch.zeros(self.clips * per_clip, dtype=torch.bool)
+            flags[torch.randperm(len(flags), generator=random)[:count]] = True
+            return flags.unflatten(0, (self.clips, per_clip))
+
+        return draw(5, 2.2), draw(8, 5.7)
+
+
+MODELS = [Ada3DCase(1), Ada3DCase(8)]
+
+
+class FoldedI3D:
+    """The plain network as fast as eager PyTorch runs it: batch norm folded, ReLU in place."""
+
+    def __init__(self, model: Ada3DResNet, memory_format: torch.memory_format) -> None:
+        self.model, self.memory_format = model, memory_format
+        self.folded: dict[nn.Conv3d, tuple[Tensor, Tensor]] = {}
+        self._fold(model.conv1, model.bn1)
+        for number in range(1, 5):
+            for block in model.stage(number):
+                pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)]
+                if block.downsample is not None:
+                    pairs.append((block.downsample[0], block.downsample[1]))
+                for conv, norm in pairs:
+                    self._fold(conv, norm)
+
+    def _fold(self, conv: nn.Conv3d, norm: nn.BatchNorm3d) -> None:
+        with torch.no_grad():
+            weight, bias = fold_batch_norm(conv.weight, conv.bias, norm)
+        self.folded[conv] = weight.contiguous(memory_format=self.memory_format), bias
+
+    def _conv(self, conv: nn.Conv3d, input: Tensor) -> Tensor:
+        return F.conv3d(input, *self.folded[conv], conv.stride, conv.padding)
+
+    def __call__(self, clips: Tensor) -> Tensor:  # [B, 3, T, H, W]
+        model = self.model
+        features = self._conv(model.conv1, clips.contiguous(memory_format=self.memory_format)).relu_()
+        features = F.max_pool3d(features, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+        for number in range(1, 5):
+            for block in model.stage(number):
+                branch = self._conv(block.conv1, features).relu_()
+                branch = self._conv(block.conv2, branch).relu_()
+                branch = self._conv(block.conv3, branch)
+                shortcut = features if block.downsample is None else self._conv(block.downsample[0], features)
+                features = branch.add_(shortcut).relu_()
+        return model.fc(features.mean((2, 3, 4)))

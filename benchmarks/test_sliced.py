@@ -1,0 +1,77 @@
+"""Sliced 3D convolutions against dense and masked ones, and Ada3D against the plain 3D network."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+import adakernels as ak
+from benchmarks.measure import contest, efficiency, medians
+from benchmarks.sliced import FORMATS, Ada3DCase, ClipCase, Clips, FoldedI3D
+
+# The calls take up to half a second, those of the networks up to five.
+MIN_ROUNDS = 5
+WARM_UP = 2
+
+
+def test_clips(benchmark: Any, clip_case: ClipCase, quick: bool) -> None:
+    plain = Clips(clip_case)
+    forms = {name: plain.in_format(name) for name in FORMATS}
+    groups = {
+        "dense": {name: form.dense for name, form in forms.items()}
+        | {f"{name}, summed": form.summed for name, form in forms.items()},
+        "masked": {name: form.masked for name, form in forms.items()},
+        "ours": {name: form.ours for name, form in forms.items()},
+    }
+    with torch.inference_mode():
+        expected = plain.reference()
+        tolerances = {"ours": 1e-4, "masked": 1e-4}
+        record = contest(
+            benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP, min_rounds=MIN_ROUNDS
+        )
+    _report(benchmark, clip_case, record, plain.work, shape=asdict(clip_case))
+
+
+def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
+    """Ours against the plain network on all frames; policies are given, their heads are not run."""
+    torch.manual_seed(0)
+    model = ak.models.ada3d_i3d_resnet50().eval()
+    clips = torch.randn(ada3d_case.clips, 3, 8, 256, 256)
+    temporal, keep = ada3d_case.policies()
+    dense = {name: FoldedI3D(model, order) for name, order in FORMATS.items()}
+    groups = {
+        "dense": {name: partial(network, clips) for name, network in dense.items()},
+        "ours": {"channels_last": partial(model, clips, temporal, keep)},
+    }
+    with torch.inference_mode():
+        with ak.use_backend("reference"):
+            expected = model(clips, temporal, keep)
+        record = contest(
+            benchmark, groups, expected, {"ours": 1e-3}, quick=quick, warm_up=WARM_UP, min_rounds=MIN_ROUNDS
+        )
+        count = ak.count_flops(model, clips, temporal, keep)
+    work = float(count.actual.mean() / count.dense)
+    _report(benchmark, ada3d_case, record, work, clips=ada3d_case.clips, frames=clips.shape[2])
+
+
+def _report(
+    benchmark: Any, case: ClipCase | Ada3DCase, record: dict[str, Any], work: float, **facts: Any
+) -> None:
+    seconds = medians(record)
+    benchmark.group = case.family
+    benchmark.extra_info.update(
+        family=case.family,
+        case=case.name,
+        backend="cpu",
+        **facts,
+        **record,
+        work_ratio=work,
+        time_ratio=seconds["ours"] / seconds["dense"],
+        excess=seconds["ours"] / seconds["dense"] - work,
+        eta=efficiency(seconds["dense"], seconds["ours"], work),
+    )
+    if "masked" in seconds:
+        benchmark.extra_info["masked_ratio"] = seconds["ours"] / seconds["masked"]
