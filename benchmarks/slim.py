@@ -130,10 +130,8 @@ def _layers() -> list[SlimCase]:
 SLIM = _layers()
 SLIM_MODELS = [
     SlimModelCase(256, 8, 1.0),
-    SlimModelCase(224, 8, 1.0),
     SlimModelCase(224, 4, 0.8),
     SlimModelCase(224, 4, 0.5),
-    SlimModelCase(160, 4, 0.5),
     SlimModelCase(128, 2, 0.5),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -261,6 +262,51 @@ def test_layer_forms_agree() -> None:
         assert 0 < layer.work < 0.6
 
 
+def test_slim_forms_agree() -> None:
+    for case in (
+        slim.SlimCase(64, 32, (1, 3, 3), 9, 2, 0.63, stride=2),
+        slim.SlimCase(96, 32, (3, 1, 1), 7, 3, 0.5, lateral=32),
+        slim.SlimCase(32, 48, (1, 1, 1), 6, 2, 0.83),
+    ):
+        layer = slim.SlimLayer(case)
+        with torch.inference_mode():
+            expected = layer.reference()
+            assert case.macs * expected.shape[0] == expected.numel() * case.slimmed[0] * math.prod(
+                case.kernel
+            )
+            for form in (layer.dense(), layer.sliced(), layer.ours()):
+                for runner in form.values():
+                    measure.assert_matches(runner(), expected)
+        assert layer.backend() == "cpu"
+
+
+def test_dense_slow_is_the_network_at_full_budget() -> None:
+    torch.manual_seed(0)
+    model = models.a3d_slow_resnet50(num_classes=3, frames=2).eval()
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm3d)):
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+        torch.nn.init.normal_(norm.running_mean)
+    clip = torch.randn(1, 3, 2, 40, 40)
+    with torch.inference_mode():
+        for form in slim.DENSE_FORMS:
+            measure.assert_matches(slim.DenseSlow(model, form)(clip), model(clip), 1e-3)
+
+
+def test_slim_table() -> None:
+    record = {
+        "family": "slim",
+        "case": "layer",
+        "macs": 5e8,
+        "time_ratio": 0.5,
+        "times": {"a": {"p50": 2e-3}, "b": {"p50": 1e-3}, "c": {"p50": 4e-3}},
+        "best": {"dense": "a", "ours": "b", "masked": "c"},
+    }
+    rows = slim.render_slim([record, record | {"family": "model"}])
+    assert rows == [("layer", "0.500", "2.000", "4.000", "1.000", "0.50x")]
+    assert len(rows[0]) == len(slim.SLIM_HEADER)
+    assert "<!-- bench:slim -->" in (ROOT / "docs" / "slim_conv.md").read_text()
+
+
 @pytest.mark.parametrize("gradients", [None, "origin", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("frames", [None, 3])
@@ -432,7 +478,13 @@ def test_peak_memory_sees_tensors_and_native_scratch() -> None:
 
 
 def as_record(
-    case: LayerCase | cases.ModelCase | cases.PatchCase | sliced.ClipCase | sliced.Ada3DCase,
+    case: LayerCase
+    | cases.ModelCase
+    | cases.PatchCase
+    | sliced.ClipCase
+    | sliced.Ada3DCase
+    | slim.SlimCase
+    | slim.SlimModelCase,
     eta: float = 0.9,
     **more: Any,
 ) -> dict[str, Any]:
