@@ -291,7 +291,7 @@ def test_fuzz_forward(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("cpu_backend")
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(cases())
 def test_fuzz_backward(case: Case) -> None:
     check_backward(case)

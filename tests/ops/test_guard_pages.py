@@ -113,6 +113,31 @@ def convolve_clips(
     return [output.detach(), *torch.autograd.grad(output, leaves, place(grad))]
 
 
+def reconstruct(
+    guard: bool, dtype: torch.dtype, layout: torch.memory_format, taps: int, size: int
+) -> list[Tensor]:
+    """The output of a dynamic convolution that makes frames and channels, the last ones among them."""
+    place = guarded if guard else torch.clone
+    layout = torch.channels_last_3d if layout == torch.channels_last else layout
+    torch.manual_seed(0)
+    tensors = (
+        torch.randn(2, 3, 3, size, size).to(dtype).contiguous(memory_format=layout),
+        torch.randn(5, 3, 1, 3, 3).to(dtype),
+        torch.randn(5).to(dtype),
+        torch.tensor([[0, 0.5, 0.5], [0, 0, 1]]),
+        torch.tensor([[0, 0.5, 0.5], [0, 0, 1]]),
+    )
+    filters = torch.randn(4, 5, taps, taps).to(dtype)
+    with torch.no_grad():
+        output = ak.dynamic_conv3d(
+            *map(place, tensors),
+            temporal_weight=place(filters[1:]),
+            channel_weight=place(filters[0]),
+            padding=(0, 1, 1),
+        )
+    return [output]
+
+
 def fuse(guard: bool, dtype: torch.dtype, layout: torch.memory_format, soft: bool, size: int) -> list[Tensor]:
     place = guarded if guard else torch.clone
     torch.manual_seed(0)
@@ -145,6 +170,7 @@ def cut(
 def assert_guard_changes_nothing() -> None:
     calls = [(convolve, name, size) for name, case in CONVOLUTIONS.items() for size in case[-1]]
     calls += [(convolve_clips, name, size) for name, case in CLIPS.items() for size in case[-1]]
+    calls += [(reconstruct, taps, size) for taps in (1, 3) for size in (1, 4, 7, 16)]
     calls += [(fuse, soft, size) for soft in (False, True) for size in (1, 7, 10)]
     patches = [((p, q), size) for size in (1, 7, 16, 33) for p in {1, size // 2 + 1, size} for q in {1, size}]
     formats = (torch.contiguous_format, torch.channels_last)
