@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, sliced
+from benchmarks import cases, dynamic, sliced, slim
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +24,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "memory_case": cases.MEMORY,
         "clip_case": sliced.CLIPS,
         "ada3d_case": sliced.MODELS,
+        "slim_case": slim.SLIM,
+        "slim_model_case": slim.SLIM_MODELS,
+        "dynamic_case": dynamic.LAYERS,
+        "vared2_case": dynamic.MODELS,
     }
     for argument, source in sources.items():
         if argument in metafunc.fixturenames:

@@ -24,11 +24,22 @@ from torch import Tensor
 
 import adakernels as ak
 from adakernels.backends import MEASURED, ON_GPU, device_file, shape_class
-from adakernels.ops import gated_conv2d_reference, patch_gather_reference, temporal_fuse_reference
+from adakernels.ops import (
+    dynamic_conv3d_flops,
+    dynamic_conv3d_reference,
+    gated_conv2d_reference,
+    patch_gather_reference,
+    sliced_conv3d_reference,
+    slim_conv_reference,
+    temporal_fuse_reference,
+)
 from adakernels.ops._conv_arguments import activate
+from adakernels.ops._layout import CHANNELS_LAST
+from adakernels.ops._library import gpu_operators
 from benchmarks.cases import ConvShape, draw_policy, work_ratio
 from benchmarks.measure import FORMATS, Race, assert_matches
 
+DEVICE = "cuda"
 ROUNDS = 20
 # Of the largest number of the result: roundings to the format, and of sums in float32 in another order.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -124,8 +135,9 @@ def measure(contest: Contest) -> dict[str, Any]:
     }
 
 
-def backends() -> list[str]:
-    return [name for name in ("cuda", "triton") if not ak.available_backends()[name]]
+def backends(op: str) -> list[str]:
+    """Those that can run here, of those that the operator has kernels for."""
+    return [name for name in gpu_operators[op] if not ak.available_backends()[name]]
 
 
 def under(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +151,7 @@ def under(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
 def add_ours(
     contest: Contest, call: Callable[..., Any], inputs: Sequence[Any], expected: Any, dtype: Any
 ) -> None:
-    for backend in backends():
+    for backend in backends(contest.decides[0]):
         run = under(backend, call)
         assert_matches(run(*inputs[0]), expected, TOLERANCES[dtype])
         contest.add(backend, run, inputs)
@@ -206,6 +218,18 @@ def gather_contest(dtype: torch.dtype, format: str, gradient: bool) -> Contest:
     return contest
 
 
+def differentiated(call: Callable[..., Tensor], leaves: int) -> Callable[..., Any]:
+    """The call, or if there are leaves the gradients of its result to so many of its first arguments."""
+
+    def run(*inputs: Tensor) -> Any:
+        output = call(*inputs)
+        if leaves == 0:
+            return output
+        return torch.autograd.grad(output, inputs[:leaves], torch.ones_like(output))
+
+    return run
+
+
 def conv_contest(shape: ConvShape, updated: float, dtype: torch.dtype, gradient: bool) -> Contest:
     """8 clips of 8 frames under policies of their own, beside cuDNN's convolution of all channels."""
     rows, frames = 64, 8
@@ -227,15 +251,6 @@ def conv_contest(shape: ConvShape, updated: float, dtype: torch.dtype, gradient:
         policy = draw_policy(updated, rows, shape.out_channels, frames, seed)
         return *(leaf.requires_grad_(gradient) for leaf in leaves), policy.cuda()
 
-    def with_gradients(call: Callable[..., Tensor]) -> Callable[..., Any]:
-        def run(*inputs: Tensor) -> Any:
-            output = call(*inputs)
-            if not gradient:
-                return output
-            return torch.autograd.grad(output, inputs[:3], torch.ones_like(output))
-
-        return run
-
     def dense(input: Tensor, weight: Tensor, bias: Tensor, policy: Tensor) -> Tensor:
         convolved = F.conv2d(input, weight, bias, shape.stride, shape.padding, groups=shape.groups)
         return activate(convolved, shape.activation)
@@ -252,13 +267,167 @@ def conv_contest(shape: ConvShape, updated: float, dtype: torch.dtype, gradient:
     work = work_ratio(shape, inputs[0][3].cpu(), None, frames)
     decides = op, shape_class(dtype, sizes[0], weight_size, shape.groups)
     contest = Contest(f"{op} {shape.name} u={updated} {dtype}", bytes_each, decides, work)
-    reference = with_gradients(partial(gated_conv2d_reference, **arguments))
-    contest.add("dense", with_gradients(dense), inputs)
+    reference = differentiated(partial(gated_conv2d_reference, **arguments), 3 * gradient)
+    contest.add("dense", differentiated(dense, 3 * gradient), inputs)
     contest.add("masked", reference, inputs)
-    add_ours(
-        contest, with_gradients(partial(ak.gated_conv2d, **arguments)), inputs, reference(*inputs[0]), dtype
-    )
+    ours = differentiated(partial(ak.gated_conv2d, **arguments), 3 * gradient)
+    add_ours(contest, ours, inputs, reference(*inputs[0]), dtype)
     return contest
+
+
+class ClipContest(Contest):
+    """Convolutions with weights and filters of these sizes, channels last, beside cuDNN's dense one."""
+
+    def __init__(
+        self,
+        op: str,
+        name: str,
+        sizes: Sequence[Sequence[int]],
+        output: Sequence[int],
+        control: Callable[[Sequence[Tensor], int], Sequence[Tensor]],
+        dtype: torch.dtype,
+        gradient: bool,
+        work: float = 1.0,
+    ) -> None:
+        """`sizes`: of input, weight, bias and filters. `control`: what else a set of inputs with that seed
+        has, given these."""
+        backward = "_backward" * gradient
+        bytes_each = sum(math.prod(size) for size in (*sizes, output)) * dtype.itemsize
+        decides = op + backward, shape_class(dtype, sizes[0], sizes[1])
+        super().__init__(f"{op}{backward} {name} {dtype}", bytes_each, decides, work)
+        self.leaves = len(sizes) * gradient
+
+        def make(seed: int) -> tuple[Tensor, ...]:
+            generator = torch.Generator(DEVICE).manual_seed(seed)
+            leaves = [torch.randn(size, device=DEVICE, generator=generator) for size in sizes]
+            for i, leaf in enumerate(leaves):
+                # The input and the bias come as they are.
+                scale = leaf[0].numel() ** 0.5 if i not in (0, 2) else 1.0
+                format = CHANNELS_LAST[leaf.dim()] if i < 2 else torch.contiguous_format
+                leaves[i] = (leaf / scale).to(dtype).contiguous(memory_format=format)
+            more = control(leaves, seed)
+            return *(leaf.requires_grad_(gradient) for leaf in leaves), *more
+
+        self.inputs = sets_of_inputs(make, bytes_each)
+        self.dtype = dtype
+
+    def race(
+        self,
+        dense: Callable[..., Tensor],
+        reference: Callable[..., Tensor],
+        ours: Callable[..., Tensor],
+    ) -> ClipContest:
+        """Adds the contenders, all of the same arguments; the dense one has three leaves."""
+        self.add("dense", differentiated(dense, min(self.leaves, 3)), self.inputs)
+        reference = differentiated(reference, self.leaves)
+        self.add("masked", reference, self.inputs)
+        expected = reference(*self.inputs[0])
+        add_ours(self, differentiated(ours, self.leaves), self.inputs, expected, self.dtype)
+        return self
+
+
+def sliced_contest(
+    channels: int, out_channels: int, size: int, dtype: torch.dtype, gradient: bool = False
+) -> Contest:
+    """The first convolution of I3D's bottlenecks for 8 clips of 8 frames, half of which are 2D."""
+    clips, frames, taps = 8, 8, 3
+
+    def control(leaves: Sequence[Tensor], seed: int) -> tuple[Tensor]:
+        return (torch.randperm(clips, generator=torch.Generator().manual_seed(seed)).to(DEVICE) % 2 == 0,)
+
+    contest = ClipContest(
+        "sliced_conv3d",
+        f"{channels}to{out_channels}k{taps}x1x1at{size}",
+        ((clips, channels, frames, size, size), (out_channels, channels, taps, 1, 1), (out_channels,)),
+        (clips, out_channels, frames, size, size),
+        control,
+        dtype,
+        gradient,
+        work=(1 + 1 / taps) / 2,
+    )
+    arguments: dict[str, Any] = {"padding": (taps // 2, 0, 0), "activation": "relu"}
+    return contest.race(
+        lambda input, weight, bias, temporal: F.relu(F.conv3d(input, weight, bias, padding=(1, 0, 0))),
+        partial(sliced_conv3d_reference, **arguments),
+        partial(ak.sliced_conv3d, **arguments),
+    )
+
+
+def dynamic_contest(
+    channels: int,
+    out_channels: int,
+    frames: int,
+    size: int,
+    levels: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    gradient: bool = False,
+) -> Contest:
+    """A 1x3x3 convolution of R(2+1)D for 8 clips that take turns at these levels of time and channels."""
+    clips = 8
+
+    def control(leaves: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor([levels[(clip + seed) % len(levels)] for clip in range(clips)])
+        gates = F.one_hot(chosen, 2).float().to(DEVICE)
+        return gates[:, 0].contiguous(), gates[:, 1].contiguous()
+
+    sizes = (
+        (clips, channels, frames, size, size),
+        (out_channels, channels, 1, 3, 3),
+        (out_channels,),
+        (1, out_channels, 3, 3),
+        (out_channels, 3, 3),
+    )
+    output = clips, out_channels, frames, size, size
+    whole, counts = dynamic_conv3d_flops(
+        sizes[1], *(gate.cpu() for gate in control((), 0)), batch=clips, output_size=output[2:], taps=9
+    )
+    what = "+".join(f"R{2**temporal}r{2**channel}" for temporal, channel in levels)
+    name = f"{channels}to{out_channels}k1x3x3at{frames}x{size} {what}"
+    contest = ClipContest(
+        "dynamic_conv3d", name, sizes, output, control, dtype, gradient, float(counts.mean()) / whole
+    )
+
+    def dense(input: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> Tensor:
+        return F.relu(F.conv3d(input, weight, bias, padding=(0, 1, 1)))
+
+    def on(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            input, weight, bias, temporal_weight, channel_weight, *gates = inputs
+            filters = {"temporal_weight": temporal_weight, "channel_weight": channel_weight}
+            return op(input, weight, bias, *gates, **filters, padding=(0, 1, 1), activation="relu")
+
+        return run
+
+    return contest.race(dense, on(dynamic_conv3d_reference), on(ak.dynamic_conv3d))
+
+
+def slim_contest(width: int, size: int, share: float, dtype: torch.dtype) -> Contest:
+    """A 3x3 convolution at a share of its width, beside one that was allocated at that width."""
+    rows, used = 32, round(share * width / 8) * 8
+
+    def control(leaves: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        weight = leaves[1][:used, :used].contiguous(memory_format=torch.channels_last)
+        return weight, leaves[2][:used].clone()
+
+    contest = ClipContest(
+        "slim_conv",
+        f"{used} of {width} k3 at {size}",
+        ((rows, used, size, size), (width, width, 3, 3), (width,)),
+        (rows, used, size, size),
+        control,
+        dtype,
+        gradient=False,
+    )
+
+    def dense(input: Tensor, whole: Tensor, whole_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.conv2d(input, weight, bias, padding=1))
+
+    def on(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda input, weight, bias, *others: op(
+            input, weight, bias, out_channels=used, padding=1, activation="relu"
+        )
+
+    return contest.race(dense, on(slim_conv_reference), on(ak.slim_conv2d))
 
 
 # Gated convolutions of ResNet-18 and ResNet-50, and depthwise ones of EfficientNet-b0.
@@ -274,7 +443,25 @@ CONVOLUTIONS = (
     ),
 )
 
+SLICED = ((64, 64, 64), (256, 64, 64), (512, 128, 32), (1024, 256, 16), (2048, 512, 8))
+DYNAMIC = ((64, 144, 16, 64), (128, 288, 8, 32), (256, 576, 4, 16))
+LEVELS: Sequence[Sequence[tuple[int, int]]] = (((1, 0),), ((0, 0), (1, 0), (0, 1), (1, 1)))
+SLIM = ((64, 56), (256, 14))
+
 CONTESTS = {
+    "sliced_conv3d": [
+        *(partial(sliced_contest, *shape, torch.bfloat16) for shape in SLICED),
+        *(partial(sliced_contest, *shape, torch.float16) for shape in SLICED[:1]),
+        *(partial(sliced_contest, *shape, torch.bfloat16, True) for shape in SLICED[1::2]),
+    ],
+    "dynamic_conv3d": [
+        *(partial(dynamic_contest, *shape, levels, torch.bfloat16) for shape in DYNAMIC for levels in LEVELS),
+        partial(dynamic_contest, *DYNAMIC[1], LEVELS[1], torch.float16),
+        partial(dynamic_contest, *DYNAMIC[1], LEVELS[1], torch.bfloat16, True),
+    ],
+    "slim_conv": [
+        partial(slim_contest, *shape, share, torch.bfloat16) for shape in SLIM for share in (0.5, 0.63, 0.83)
+    ],
     "gated_conv2d": [
         *(
             partial(conv_contest, shape, updated, torch.bfloat16, False)

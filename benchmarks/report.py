@@ -28,7 +28,12 @@ FAMILY_TITLES = {
     "model": "model",
     "sliced_conv3d": "sliced conv3d",
     "ada3d_model": "Ada3D model",
+    "dynamic_conv3d": "dynamic conv3d",
+    "dynamic_x3d": "dynamic conv3d, X3D",
+    "vared2_model": "VA-RED² model",
 }
+SLICED = ("sliced_conv3d", "ada3d_model")
+DYNAMIC = ("dynamic_conv3d", "dynamic_x3d", "vared2_model")
 PATCH_TITLES = {
     "patch_forward": "forward",
     "patch_uint8": "forward, uint8",
@@ -376,12 +381,17 @@ def render_patches(results: Results) -> str:
     return _markdown(header, lines)
 
 
-def render_sliced(results: Results) -> str:
-    """What each sliced case and Ada3D network took, in milliseconds, and in which form, for a page."""
+def render_3d(results: Results, families: Sequence[str]) -> str:
+    """What the cases of these families took, in milliseconds, and in which form, for a page.
+
+    Two columns are there only where some record has them: the share of frames and channels computed, and the
+    time over dense that a paper's own implementation took.
+    """
+    records = [record for record in results["records"] if record["family"] in families]
+    optional = {"computed_ratio": "r ÷ R", "published": "the paper's"}
+    shown = {key: title for key, title in optional.items() if any(key in record for record in records)}
     lines = []
-    for record in results["records"]:
-        if record["family"] not in ("sliced_conv3d", "ada3d_model"):
-            continue
+    for record in records:
         forms = {group: name.partition(" ")[2] for group, name in record["best"].items()}
         ms = {group: f"{seconds * 1e3:.2f}" for group, seconds in medians(record).items()}
         lines.append(
@@ -393,10 +403,18 @@ def render_sliced(results: Results) -> str:
                 f"{ms['ours']} ({forms['ours']})",
                 f"{record['time_ratio']:.2f}",
                 f"{record['eta']:.2f}",
+                *(f"{record[key]:.2f}" if key in record else "" for key in shown),
             )
         )
     header = ("case", "work ÷ dense", "dense, ms", "masked, ms", "ours, ms", "time ÷ dense", "η")
-    return _markdown(header, lines)
+    return _markdown((*header, *shown.values()), lines)
+
+
+def _slim(results: Results) -> str:
+    # Imports torch, which the rest of this module does without.
+    from benchmarks.slim import SLIM_HEADER, render_slim
+
+    return _markdown(SLIM_HEADER, render_slim(results["records"]))
 
 
 def plot(results: Results, picture: Path) -> None:
@@ -413,8 +431,8 @@ def plot(results: Results, picture: Path) -> None:
         scatter.scatter(
             [record["work_ratio"] for record in chosen],
             [record["time_ratio"] for record in chosen],
-            s=90 if family == "model" else 16,
-            marker="*" if family == "model" else "o",
+            s=90 if family.endswith("model") else 16,
+            marker="*" if family.endswith("model") else "o",
             alpha=0.75,
             color=f"C{number}",
             label=FAMILY_TITLES[family],
@@ -460,8 +478,10 @@ def rewrite_pages(root: Path, file: Path) -> list[Path]:
     texts = {
         "table": lambda page: _measured_section(results, file, page),
         "gap": lambda page: f"Measured on: {describe(results)}.\n\n{render_gap(results)}",
-        "sliced": lambda page: f"Measured on: {describe(results)}.\n\n{render_sliced(results)}",
+        "sliced": lambda page: f"Measured on: {describe(results)}.\n\n{render_3d(results, SLICED)}",
+        "dynamic": lambda page: f"Measured on: {describe(results)}.\n\n{render_3d(results, DYNAMIC)}",
         "patches": lambda page: f"Measured on: {describe(results)}.\n\n{render_patches(results)}",
+        "slim": lambda page: f"Measured on: {describe(results)}.\n\n{_slim(results)}",
     }
     changed = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):

@@ -25,7 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # The suites are no part of the installed package.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cases, clips, gpu, measure, memory, networks, report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    clips,
+    dynamic,
+    gpu,
+    measure,
+    memory,
+    networks,
+    report,
+    sliced,
+    slim,
+)
 from benchmarks.cases import KEEP, REUSE, SKIP, ConvShape, LayerCase  # noqa: E402
 from benchmarks.layers import Layer  # noqa: E402
 from benchmarks.patches import Patches  # noqa: E402
@@ -227,6 +238,8 @@ def test_floor_counts_bytes() -> None:
 
 def test_cases() -> None:
     known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY + cases.PATCHES
+    known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS]
+    known += dynamic.LAYERS + dynamic.MODELS
     names = [f"{case.family}-{case.name}" for case in known]
     assert len(set(names)) == len(names)
     assert {case.batch for case in cases.LAYERS} == {8, 32}
@@ -302,6 +315,55 @@ def test_patch_rows() -> None:
     assert f"| forward | {name} | 40.0 | 2.000 | 1.000 | 2.000 |  | 20.000 | 1.0x | 12.0x |" in page
 
 
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 1, 4)])
+def test_clip_forms_agree(lengths: tuple[int, ...]) -> None:
+    case = sliced.ClipCase(4, 6, 9, lengths, taps=3, kernel=3, stride=2)
+    plain = sliced.Clips(case)
+    twos = sum(lengths[::2])
+    assert plain.work == pytest.approx(1 - twos / sum(lengths) * 2 / 3)
+    with torch.inference_mode():
+        expected, dense = plain.reference(), plain.dense()
+        assert not torch.allclose(expected, dense)
+        for name in sliced.FORMATS:
+            form = plain.in_format(name)
+            measure.assert_matches(form.ours(), expected)
+            measure.assert_matches(form.masked(), expected)
+            measure.assert_matches(form.dense(), dense)
+            measure.assert_matches(form.summed(), dense)
+
+
+def test_folded_i3d_is_the_network() -> None:
+    torch.manual_seed(0)
+    model = models.ada3d_i3d_resnet50(num_classes=5).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    frames = torch.randn(1, 3, 3, 32, 32)
+    with torch.inference_mode():
+        for order in sliced.FORMATS.values():
+            measure.assert_matches(sliced.FoldedI3D(model, order)(frames), model(frames), 1e-4)
+
+
+@pytest.mark.parametrize("case", sliced.MODELS, ids=lambda case: case.name)
+def test_ada3d_policies(case: sliced.Ada3DCase) -> None:
+    temporal, keep = case.policies()
+    assert temporal.shape == (case.clips, 5) and keep.shape == (case.clips, 8)
+    assert temporal.sum() / case.clips == pytest.approx(2.2, abs=0.21)
+    assert keep.sum() / case.clips == pytest.approx(5.7, abs=0.31) and keep.any(1).all()
+
+
+def test_sliced_rows() -> None:
+    records = [
+        as_record(sliced.CLIPS[0], eta=0.9),
+        as_record(sliced.MODELS[0], work_ratio=0.6, time_ratio=0.7, excess=0.1),
+    ]
+    assert [row.verdict for row in report.summarise(records)] == ["hit", "miss"]
+    assert report.summarise(records)[1].cells()[2] == "+0.10 of dense"
+    page = report.render_sliced(results_with(records))
+    assert f"| {sliced.MODELS[0].name} | 0.60 | 2.00" in page
+
+
 def test_clips() -> None:
     pytest.importorskip("skimage")
     frames = clips.load_clips(2, 8)
@@ -370,7 +432,9 @@ def test_peak_memory_sees_tensors_and_native_scratch() -> None:
 
 
 def as_record(
-    case: LayerCase | cases.ModelCase | cases.PatchCase, eta: float = 0.9, **more: Any
+    case: LayerCase | cases.ModelCase | cases.PatchCase | sliced.ClipCase | sliced.Ada3DCase,
+    eta: float = 0.9,
+    **more: Any,
 ) -> dict[str, Any]:
     times = {
         name: {"p20": t, "p50": t, "p80": t, "rounds": 15} for name, t in (("dense", 2e-3), ("ours", 1e-3))
@@ -571,3 +635,24 @@ def test_times_on_a_gpu_choose_a_backend() -> None:
         record("b", "small", triton=1.0),
     ]
     assert gpu.fastest(records) == {"a": {"small": "triton", "large": "cuda"}}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(gpu.sliced_contest, 3, 5, 4, gradient=True),
+        partial(gpu.dynamic_contest, 3, 6, 3, 4, ((0, 0), (1, 0), (0, 1), (1, 1)), gradient=True),
+        partial(gpu.slim_contest, 16, 5, 0.6),
+    ],
+    ids=["sliced_conv3d", "dynamic_conv3d", "slim_conv"],
+)
+def test_contests_of_convolutions(make: Callable[..., gpu.Contest], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "backends", lambda op: ["cpu"])
+    monkeypatch.setattr(gpu, "sets_of_inputs", lambda make, bytes_each: [make(0), make(1)])
+    contest = make(dtype=torch.float32)
+    assert set(contest.calls) == {"dense", "masked", "cpu"} and 0 < contest.work <= 1
+    for number in range(2):
+        results = [contest.calls[name][number]() for name in ("masked", "cpu")]
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        assert contest.calls["dense"][number]() is not None

@@ -24,9 +24,13 @@ from adakernels.nn.folding import (
 from adakernels.nn.gated_conv2d import ACTIVATIONS
 from adakernels.ops import slim_conv2d, slim_conv3d
 from adakernels.ops._layout import dense
-from adakernels.ops.slim_conv import Segments, convolve, cpu_form, plan, prepare, record_work, slim_weight
+from adakernels.ops.slim_conv import Segments, cpu_call, prepare, record_work, slim_weight
 
 __all__ = ["SlimConv2d", "SlimConv3d", "SlimLinear"]
+
+
+PREPARED = 2
+"""How many widths a layer keeps prepared weights for."""
 
 
 class _SlimConv(_ConvNd):
@@ -53,7 +57,7 @@ class _SlimConv(_ConvNd):
         self.norm = norm
         self.activation = activation
         self._folded: FoldCache = FoldCache()
-        self._prepared: DerivedCache[tuple[Tensor, Tensor | None]] = DerivedCache()
+        self._prepared: DerivedCache[dict[Any, tuple[Tensor, Tensor | None]]] = DerivedCache()
 
     def forward(
         self,
@@ -112,29 +116,30 @@ class _SlimConv(_ConvNd):
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or input.device.type != "cpu"
+            or input.dim() != self.weight.dim()
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        op = self.operator.__name__
+        op, weight, bias = self.operator.__name__, self.weight, self.bias
         norm = cast("_BatchNorm | None", self.norm)
-        weight, bias = self.weight, self.bias
-        backend, slim = plan(op, input, weight, bias, *arguments)
-        if backend != "cpu":
+        input = dense(input)
+        call = cpu_call(op, input, weight, bias, *arguments)
+        if call is None:
             return None
-        input = dense(F.pad(input, slim.conv.pad) if slim.conv.pad else input)
-        form = cpu_form(input, self.kernel_size, slim.conv, slim.out_channels)
-
-        def compute() -> tuple[Tensor, Tensor | None]:
-            folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
-            return prepare(form, *folded, slim, input.shape)
-
-        sources = (weight, bias, *(() if norm is None else norm_tensors(norm)))
-        tag = (form, slim.out_channels, slim.segments, None if norm is None else norm.eps)
-        prepared = self._prepared.get(sources, compute, tag=tag)
+        slim, run = call
+        sources = (weight, bias) if norm is None else (weight, bias, *norm_tensors(norm))
+        prepared = self._prepared.get(sources, dict, tag=None if norm is None else norm.eps)
         if prepared is None:
             return None
+        key = run.form, slim.out_channels, slim.segments
+        if key not in prepared:
+            while len(prepared) >= PREPARED:
+                del prepared[next(iter(prepared))]
+            with torch.inference_mode(False):
+                folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
+                prepared[key] = prepare(run.form, *folded, slim, input.shape)
         record_work(op, slim, input, weight)
-        return convolve(form, input, *prepared, slim.conv)
+        return run(input, *prepared[key])
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops weights folded and prepared so far."""
@@ -151,8 +156,8 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     """`torch.nn.Conv2d` that can run with the first of its output channels and some of its input channels.
 
     Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that
-    module when called with its input alone. In inference on the CPU it keeps a copy of the weight for the
-    width it was last called with, in the layout that the convolution reads (A3D, §3.2).
+    module when called with its input alone. In inference on the CPU it keeps copies of the weight for the
+    last two widths it was called with, in the layout that the convolution reads (A3D, §3.2).
 
     Args:
         norm: normalisation of the result: a module, or a callable that makes one from the number of channels

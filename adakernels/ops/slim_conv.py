@@ -20,12 +20,13 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_triton,
     check_operands,
     conv_arguments,
     empty_output,
 )
 from adakernels.ops._layout import CHANNELS_LAST, dense, empty_in_format, memory_format
-from adakernels.ops._library import call, flop_formula, library
+from adakernels.ops._library import call, flop_formula, library, run_on_gpu
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
 
@@ -40,6 +41,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+run_on_gpu("slim_conv", "slim_conv_backward", kernels=("triton",))
 
 
 def slim_weight(
@@ -94,8 +96,8 @@ class Form(NamedTuple):
     kernel: str
 
 
-NATIVE_WORK = 1e8
-NATIVE_POINTS = 100
+NATIVE_WORK = 6e7
+NATIVE_POINTS = 196
 
 
 def cpu_form(
@@ -175,10 +177,11 @@ def _unfolded(
     size: Sequence[int],
 ) -> Tensor:  # [B, C, T, H, W]
     if fold == "frames":
-        return tensor.unflatten(0, (clips, size[0])).transpose(1, 2)
-    return tensor.unflatten(3, size[1:]) if fold else tensor
+        return tensor.view(clips, size[0], *tensor.shape[1:]).transpose(1, 2)
+    return tensor.view(*tensor.shape[:3], *size[1:]) if fold else tensor
 
 
+@lru_cache(maxsize=4096)
 def _folded_arguments(fold: str, conv: ConvArguments) -> tuple[list[int], list[int], list[int], int]:
     kept = {"": slice(None), "frames": slice(1, None), "columns": slice(None, 2)}[fold]
     return list(conv.stride[kept]), list(conv.padding[kept]), list(conv.dilation[kept]), conv.groups
@@ -195,7 +198,7 @@ def prepare(
     arguments: SlimArguments,
     shape: Sequence[int],
 ) -> tuple[Tensor, Tensor | None]:  # [out_channels, C/groups, ...], [out_channels]
-    """The selected part of weight and bias as `form` reads them fastest, for `convolve`, again and again.
+    """The selected part of weight and bias as `form` reads them fastest, for a `CpuConv`, again and again.
 
     Args:
         shape: of the input, which may later be another one.
@@ -212,38 +215,72 @@ def prepare(
     return blocked, bias
 
 
-def convolve(
-    form: Form,
-    input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
-    weight: Tensor,  # [out_channels, C/groups, ...], folded, perhaps prepared
-    bias: Tensor | None,  # [out_channels]
-    conv: ConvArguments,
-) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
-    """activation(conv(input) + bias) in the given form, without recording for backward."""
-    stride, padding, dilation, groups = _folded_arguments(form.fold, conv)
-    folded = _folded(form.fold, input)
-    if form.kernel == "native":
-        arguments = stride, padding, dilation, groups, conv.activation
-        if folded.dim() == 4:
-            output = torch.ops.adakernels.gated_conv2d.default(
-                folded, weight, bias, None, None, 1, *arguments
+class CpuConv:
+    """A convolution on the CPU in one form, with all that can be known before tensors of a shape are there.
+
+    Args:
+        form: as of `cpu_form`.
+        shape, format: of the input.
+        conv: of the selected part of the weight.
+        out_channels: how many output channels there are.
+    """
+
+    __slots__ = ("activation", "arguments", "folded", "form", "format", "unfolded")
+
+    def __init__(
+        self,
+        form: Form,
+        shape: Sequence[int],
+        format: torch.memory_format,
+        conv: ConvArguments,
+        out_channels: int,
+    ) -> None:
+        output = (shape[0], out_channels, *conv.output)
+        self.form, self.format, self.activation = form, format, conv.activation
+        self.folded = _folded_geometry(form.fold, shape, format)
+        self.unfolded = _geometry(output, format) if form.fold else None
+        self.arguments = _folded_arguments(form.fold, conv)
+
+    def __call__(
+        self,
+        input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+        weight: Tensor,  # [out_channels, C/groups, ...], folded, perhaps prepared
+        bias: Tensor | None,  # [out_channels]
+    ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
+        """activation(conv(input) + bias), without recording for backward."""
+        stride, padding, dilation, groups = self.arguments
+        if self.folded is not None:
+            input = input.as_strided(*self.folded)
+        if self.form.kernel == "onednn":
+            name, scalars = _ONEDNN_ACTIVATIONS[self.activation]
+            output = _onednn_convolution(
+                input, weight, bias, padding, stride, dilation, groups, name, scalars, ""
             )
+        elif self.form.kernel == "native":
+            arguments = stride, padding, dilation, groups, self.activation
+            if input.dim() == 4:
+                output = torch.ops.adakernels.gated_conv2d.default(
+                    input, weight, bias, None, None, 1, *arguments
+                )
+            else:
+                output = torch.ops.adakernels.sliced_conv3d.default(
+                    input, weight, bias, None, None, *arguments
+                )
         else:
-            output = torch.ops.adakernels.sliced_conv3d.default(folded, weight, bias, None, None, *arguments)
-    elif form.kernel == "onednn":
-        name, scalars = _ONEDNN_ACTIVATIONS[conv.activation]
-        output = torch.ops.mkldnn._convolution_pointwise.default(
-            folded, weight, bias, padding, stride, dilation, groups, name, scalars, ""
+            dtype = input.dtype
+            if self.form.kernel == "float":
+                input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
+            run = F.conv2d if input.dim() == 4 else F.conv3d
+            output = run(input, weight, bias, stride, padding, dilation, groups)
+            output = activate(output, ACTIVATIONS[self.activation], inplace=True).to(dtype)
+        inner = self.format != torch.contiguous_format
+        output = output.contiguous(
+            memory_format=CHANNELS_LAST[output.dim()] if inner else torch.contiguous_format
         )
-    else:
-        run = F.conv2d if folded.dim() == 4 else F.conv3d
-        if form.kernel == "float":
-            folded, weight, bias = folded.float(), weight.float(), None if bias is None else bias.float()
-        output = run(folded, weight, bias, stride, padding, dilation, groups)
-        output = activate(output, ACTIVATIONS[conv.activation], inplace=True).to(input.dtype)
-    return dense(_unfolded(form.fold, output, input.shape[0], conv.output), like=input)
+        return output if self.unfolded is None else output.as_strided(*self.unfolded)
 
 
+_onednn_convolution = torch.ops.mkldnn._convolution_pointwise.default
 # In the order of `ACTIVATIONS`.
 _ONEDNN_ACTIVATIONS: tuple[tuple[str, list[float]], ...] = (
     ("none", []),
@@ -251,6 +288,29 @@ _ONEDNN_ACTIVATIONS: tuple[tuple[str, list[float]], ...] = (
     ("hardtanh", [0.0, 6.0]),
     ("swish", []),
 )
+
+
+def _geometry(shape: Sequence[int], format: torch.memory_format) -> tuple[list[int], list[int]]:
+    """Sizes and strides of a dense tensor."""
+    like = torch.empty(tuple(shape), device="meta", memory_format=format)
+    return list(shape), list(like.stride())
+
+
+def _folded_geometry(
+    fold: str, shape: Sequence[int], format: torch.memory_format
+) -> tuple[list[int], list[int]] | None:
+    if not fold:
+        return None
+    folded = _folded(fold, torch.empty(tuple(shape), device="meta"))
+    inner = format != torch.contiguous_format
+    return _geometry(folded.shape, torch.channels_last if inner else torch.contiguous_format)
+
+
+@lru_cache(maxsize=4096)
+def _cpu_conv(
+    form: Form, shape: tuple[int, ...], format: torch.memory_format, conv: ConvArguments, out_channels: int
+) -> CpuConv:
+    return CpuConv(form, shape, format, conv, out_channels)
 
 
 def _pairs(segments: Sequence[int]) -> Segments:
@@ -292,7 +352,8 @@ def _cpu(
     weight = _folded_weight(form.fold, slim_weight(weight, out_channels, _pairs(segments)))
     if form.kernel == "native":
         weight = weight.contiguous()
-    return convolve(form, input, weight, None if bias is None else bias[:out_channels], conv)
+    run = _cpu_conv(form, tuple(input.shape), memory_format(input), conv, out_channels)
+    return run(input, weight, None if bias is None else bias[:out_channels])
 
 
 @torch.library.impl(library, "slim_conv_backward", "CPU")
@@ -574,7 +635,7 @@ def can_run_cpu(op: str, input: Facts, conv: ConvArguments, *, raise_error: bool
 def _predicates(op: str, input: Facts, conv: ConvArguments) -> Mapping[str, backends.Predicate]:
     return {
         "cuda": partial(backends.has_no_kernel, op, "cuda"),
-        "triton": partial(backends.has_no_kernel, op, "triton"),
+        "triton": partial(can_run_triton, op, input, conv.groups),
         "cpu": partial(can_run_cpu, op, input, conv),
     }
 
@@ -613,6 +674,56 @@ def plan(
         optional_facts(op, "bias", bias),
         *arguments,
     )
+
+
+class CpuCall(NamedTuple):
+    """What a call on the CPU with a prepared weight needs besides its tensors."""
+
+    arguments: SlimArguments
+    run: CpuConv
+
+
+def cpu_call(
+    op: str,
+    input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, ...]
+    bias: Tensor | None,  # [C_out]
+    *arguments: Any,
+) -> CpuCall | None:
+    """Validate a call of `op` as `plan` does; None where the CPU's convolutions are not to run it.
+
+    Args:
+        input: contiguous or channels last.
+        arguments: as of `plan`.
+    """
+    return _cpu_call(
+        backends.requested_backend(),
+        _has_onednn(input.dtype),
+        memory_format(input),
+        op,
+        facts(op, "input", input),
+        facts(op, "weight", weight),
+        optional_facts(op, "bias", bias),
+        *arguments,
+    )
+
+
+@_checks.cached
+def _cpu_call(
+    requested: str,
+    has_onednn: bool,
+    format: torch.memory_format,
+    op: str,
+    input: Facts,
+    weight: Facts,
+    *arguments: Any,
+) -> CpuCall | None:
+    backend, slim = _plan(requested, op, input, weight, *arguments)
+    if backend != "cpu" or slim.conv.pad:
+        return None
+    shape, kernel = tuple(input[0]), tuple(weight[0][2:])
+    form = _cpu_form(shape, format, input[1], kernel, slim.conv, slim.out_channels, has_onednn)
+    return CpuCall(slim, _cpu_conv(form, shape, format, slim.conv, slim.out_channels))
 
 
 def record_work(

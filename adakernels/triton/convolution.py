@@ -65,6 +65,16 @@ def _taps_of_frames(p_taps, i_row, m_row):
 
 
 @triton.jit
+def _weight_channel(i_channel, segment, segment_gap, SEGMENT_ALIGNMENT: tl.constexpr):
+    """Where the weight has an input channel."""
+    if SEGMENT_ALIGNMENT > 0:
+        i_channel = tl.where(i_channel >= segment, i_channel + segment_gap, i_channel)
+        # As many channels stay side by side.
+        i_channel = tl.multiple_of(tl.max_contiguous(i_channel, SEGMENT_ALIGNMENT), SEGMENT_ALIGNMENT)
+    return i_channel
+
+
+@triton.jit
 def convolution_kernel(
     p_output,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
     p_input,  # [N, C_in, H, W] | [B, C_in, T, H, W]
@@ -100,6 +110,8 @@ def convolution_kernel(
     weight_step_out,
     weight_step_in,
     weight_step_tap,
+    segment,
+    segment_gap,
     stride_t,
     stride_y,
     stride_x,
@@ -111,6 +123,7 @@ def convolution_kernel(
     dilation_x,
     TRANSPOSED: tl.constexpr,
     MERGED: tl.constexpr,
+    SEGMENT_ALIGNMENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     b_pixel: tl.constexpr,
@@ -125,7 +138,8 @@ def convolution_kernel(
 
     With MERGED a block goes on from frame to frame. With TRANSPOSED it is the gradient of a convolution's
     input, where outputs and inputs have changed places, and the pixels of a block lie a stride apart, so that
-    they have their taps in common.
+    they have their taps in common. With SEGMENT_ALIGNMENT the weight has other channels between those of the
+    first `segment` and the rest.
     """
     step_y, step_x = 1, 1
     if TRANSPOSED:
@@ -210,9 +224,13 @@ def convolution_kernel(
         else:
             p_value = p_frame + i_input
         i_tap = (tap_t * kernel_height + tap_y) * kernel_width + tap_x
-        i_weight = (i_in * weight_step_in + i_tap * weight_step_tap)[:, None] + (i_out * weight_step_out)[
-            None, :
-        ]
+        i_weight_in, i_weight_out = i_in, i_out
+        if TRANSPOSED:
+            i_weight_out = _weight_channel(i_out, segment, segment_gap, SEGMENT_ALIGNMENT)
+        else:
+            i_weight_in = _weight_channel(i_in, segment, segment_gap, SEGMENT_ALIGNMENT)
+        i_weight = (i_weight_in * weight_step_in + i_tap * weight_step_tap)[:, None]
+        i_weight = i_weight + (i_weight_out * weight_step_out)[None, :]
         a = tl.load(p_value, mask=m_inside[:, None] & m_in[None, :], other=0)
         b = tl.load(p_weight + i_weight, mask=m_in[:, None] & m_out[None, :], other=0)
         value = tl.dot(a, b, value, input_precision=PRECISION)

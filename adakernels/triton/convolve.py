@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,17 +28,19 @@ class Geometry(NamedTuple):
     """How a convolution goes over frames, rows and columns; over one frame where it has two dimensions.
 
     The rows of packed clips are one sequence of frames; otherwise a frame without clip is one of its own.
+    With more than one group, each has one input channel.
     """
 
     kernel: Sequence[int]
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
+    groups: int = 1
     packed: bool = False
 
     def arguments(self) -> dict[str, int]:
         """As the kernels take it."""
-        values = {}
+        values: dict[str, int] = {}
         for name, sides, neutral in (
             ("stride", self.stride, 1),
             ("padding", self.padding, 0),
@@ -56,8 +58,9 @@ class Geometry(NamedTuple):
     ) -> Tensor:  # [N, C_out, H', W'] | [B, C_out, T', H', W']
         """What the output is before it is filled; packed clips keep their number of frames."""
         rank = input.dim() - 2
-        sides = (side[-rank:] for side in (self.stride, self.padding, self.dilation))
-        return empty_output(input, weight[(slice(None),) * 2 + (0,) * (weight.dim() - 2 - rank)], *sides)
+        stride, padding, dilation = (side[-rank:] for side in (self.stride, self.padding, self.dilation))
+        one_tap = weight[(slice(None),) * 2 + (0,) * (weight.dim() - 2 - rank)]
+        return empty_output(input, one_tap, stride, padding, dilation)
 
     def image(self, name: str, tensor: Tensor) -> dict[str, int]:
         """Size and steps of contiguous or channels-last frames or clips, as the kernels take them."""
@@ -116,6 +119,21 @@ def is_last(tensor: Tensor) -> bool:
     return memory_format(tensor) != torch.contiguous_format
 
 
+def _tap_step(
+    weight: Tensor,  # [C_out, C_in, *kernel]
+) -> int:
+    """How far the taps of a weight lie apart; -1 where its input channels are not side by side."""
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        return -1
+    step, taps = 0, 1
+    for size, stride in zip(reversed(weight.shape[2:]), reversed(weight.stride()[2:]), strict=True):
+        if size > 1 and step * taps != (stride if step else 0):
+            return -1
+        if size > 1:
+            step, taps = step or stride, taps * size
+    return step
+
+
 def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -129,64 +147,33 @@ def format_name(tensor: Tensor) -> str:
     return "channels last" if is_last(tensor) else "contiguous"
 
 
+def _selected(
+    weight: Tensor,  # [C_out, C_in, *kernel]
+    segments: Sequence[int],
+) -> tuple[Tensor, int, int]:
+    """The weight from the first segment's start on, that segment's length and the gap behind it.
+
+    It is a copy of the segments where there are more than two or channels do not lie side by side.
+    """
+    if segments and (len(segments) > 4 or _tap_step(weight) < 0):
+        weight = torch.cat(
+            [weight[:, start:stop] for start, stop in zip(segments[::2], segments[1::2], strict=True)], 1
+        )
+    elif segments:
+        segment = segments[1] - segments[0]
+        gap = segments[2] - segments[1] if len(segments) > 2 else 0
+        return weight[:, segments[0] : segments[-1]], segment, gap
+    if _tap_step(weight) < 0:
+        weight = weight.contiguous(
+            memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+        )
+    return weight, 0, 0
+
+
 def convolve(
     output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
     input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
-    weight: Tensor,  # [C_out, C_in, *kernel] | [C_in, C_out, *kernel]
-    bias: Tensor | None,  # [C_out]
-    geometry: Geometry,
-    domain: Domain,
-    *,
-    policy: Tensor | None = None,  # [N, C_out]
-    frames: int = 1,
-    activation: int = 0,
-    TRANSPOSED: bool = False,
-) -> None:
-    """Fills the output with the convolution over the domain, or with the transposed one."""
-    if output.numel() == 0:
-        return
-    chosen = configuration("convolution", _shape_class(output, geometry.kernel))
-    *_, height, width = output.shape
-    phases, merged = 1, domain.output_count is None and domain.input_count is None
-    if TRANSPOSED:
-        phases = geometry.stride[-2] * geometry.stride[-1]
-        height, width = triton.cdiv(height, geometry.stride[-2]), triton.cdiv(width, geometry.stride[-1])
-    if merged:
-        blocks = triton.cdiv(height * width * rows(output), chosen["b_pixel"])
-    else:
-        blocks = triton.cdiv(height * width, chosen["b_pixel"]) * rows(output)
-    # Input channels of the weight lie side by side in this format only.
-    weight = weight.contiguous(
-        memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
-    )
-    row = weight[0].numel()
-    convolution_kernel[(blocks * phases * triton.cdiv(output.shape[1], chosen["b_out"]),)](
-        output,
-        input,
-        weight,
-        None if bias is None else bias.contiguous(),
-        policy,
-        *domain,
-        rows(output),
-        frames,
-        **geometry.image("out", output),
-        **geometry.image("in", input),
-        **geometry.arguments(),
-        weight_step_out=1 if TRANSPOSED else row,
-        weight_step_in=row if TRANSPOSED else 1,
-        weight_step_tap=weight.shape[1],
-        TRANSPOSED=TRANSPOSED,
-        MERGED=merged,
-        ACTIVATION=activation,
-        PRECISION=_precision(),
-        **chosen,
-    )
-
-
-def convolve_depthwise(
-    output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
-    input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
-    weight: Tensor,  # [max(C_out, C_in), 1, *kernel]
+    weight: Tensor,  # [C_out, C_in/groups, *kernel] | [C_in, C_out/groups, *kernel]
     bias: Tensor | None,  # [C_out]
     geometry: Geometry,
     domain: Domain,
@@ -195,33 +182,94 @@ def convolve_depthwise(
     in_policy: Tensor | None = None,  # [N, C_in]
     frames: int = 1,
     activation: int = 0,
+    segments: Sequence[int] = (),
     TRANSPOSED: bool = False,
 ) -> None:
-    """The same with one input channel per output channel; of the domain it follows counts and taps."""
+    """Fills the output with the convolution over the domain, or with the transposed one.
+
+    Of the weight's input channels it takes the ranges of `segments`, which has their starts and stops. With
+    groups there are no segments, and the policies stand for the domain's lists.
+    """
+    arguments = geometry.image("out", output) | geometry.image("in", input) | geometry.arguments()
+    arguments |= {"frames": frames, "ACTIVATION": activation, "TRANSPOSED": TRANSPOSED}
+    bias = None if bias is None else bias.contiguous()
     if output.numel() == 0:
         return
-    chosen = configuration("depthwise", format_name(input))
+    if geometry.groups > 1:
+        _convolve_depthwise(output, input, weight, bias, domain, policy, in_policy, arguments)
+    else:
+        _convolve_matrix(output, input, weight, bias, geometry, domain, policy, segments, arguments)
+
+
+def _convolve_matrix(
+    output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
+    input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
+    weight: Tensor,  # [C_out, C_in, *kernel] | [C_in, C_out, *kernel]
+    bias: Tensor | None,  # [C_out]
+    geometry: Geometry,
+    domain: Domain,
+    policy: Tensor | None,  # [N, C_out]
+    segments: Sequence[int],
+    arguments: Mapping[str, int],
+) -> None:
+    weight, segment, gap = _selected(weight, segments)
+    chosen = configuration("convolution", _shape_class(output, geometry.kernel))
     *_, height, width = output.shape
-    blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(
-        output.shape[1], chosen["b_channel"]
+    phases, merged = 1, domain.output_count is None and domain.input_count is None
+    if arguments["TRANSPOSED"]:
+        phases = geometry.stride[-2] * geometry.stride[-1]
+        height, width = triton.cdiv(height, geometry.stride[-2]), triton.cdiv(width, geometry.stride[-1])
+    if merged:
+        blocks = triton.cdiv(height * width * rows(output), chosen["b_pixel"])
+    else:
+        blocks = triton.cdiv(height * width, chosen["b_pixel"]) * rows(output)
+    row = weight.stride(0)
+    convolution_kernel[(blocks * phases * triton.cdiv(output.shape[1], chosen["b_out"]),)](
+        output,
+        input,
+        weight,
+        bias,
+        policy,
+        *domain,
+        rows(output),
+        weight_step_out=1 if arguments["TRANSPOSED"] else row,
+        weight_step_in=row if arguments["TRANSPOSED"] else 1,
+        weight_step_tap=_tap_step(weight),
+        segment=segment,
+        segment_gap=gap,
+        MERGED=merged,
+        SEGMENT_ALIGNMENT=math.gcd(segment, gap, 16) if gap > 0 else 0,
+        PRECISION=_precision(),
+        **arguments,
+        **chosen,
     )
+
+
+def _convolve_depthwise(
+    output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
+    input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
+    weight: Tensor,  # [max(C_out, C_in), 1, *kernel]
+    bias: Tensor | None,  # [C_out]
+    domain: Domain,
+    policy: Tensor | None,  # [N, C_out]
+    in_policy: Tensor | None,  # [N, C_in]
+    arguments: Mapping[str, int],
+) -> None:
+    chosen = configuration("depthwise", format_name(input))
+    channels, *_, height, width = output.shape[1:]
+    blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(channels, chosen["b_channel"])
     depthwise_kernel[(rows(output) * blocks,)](
         output,
         input,
         weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        bias,
         policy,
         in_policy,
         domain.output_count,
         domain.input_count,
         domain.taps,
-        frames,
-        multiplier=max(output.shape[1], input.shape[1]) // min(output.shape[1], input.shape[1]),
-        **geometry.image("out", output),
-        **geometry.image("in", input),
-        **geometry.arguments(),
-        TRANSPOSED=TRANSPOSED,
-        ACTIVATION=activation,
+        multiplier=max(channels, input.shape[1]) // min(channels, input.shape[1]),
+        **arguments,
         **chosen,
     )
 
@@ -232,15 +280,23 @@ def input_gradient(
     weight: Tensor,  # [C_out, C_in/groups, *kernel]
     geometry: Geometry,
     domain: Domain,
-    groups: int = 1,
+    *,
     in_policy: Tensor | None = None,  # [N, C_in]
+    segments: Sequence[int] = (),
 ) -> Tensor:  # as input
-    """The domain is that of the gradient: its outputs are the input's channels, its taps those of its frames."""
+    """The domain is that of the gradient: its outputs are input channels, its taps those of input frames."""
     output = empty_in_format(input, input.shape)
-    if groups == 1:
-        convolve(output, grad, weight, None, geometry, domain, TRANSPOSED=True)
-    else:
-        convolve_depthwise(output, grad, weight, None, geometry, domain, in_policy=in_policy, TRANSPOSED=True)
+    convolve(
+        output,
+        grad,
+        weight,
+        None,
+        geometry,
+        domain,
+        in_policy=in_policy,
+        segments=segments,
+        TRANSPOSED=True,
+    )
     return output
 
 
@@ -253,13 +309,32 @@ def _splits(rows: int, programs: int) -> tuple[int, int]:
 def weight_gradient(
     grad: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
     input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
-    weight: Tensor,  # [C_out, C_in, *kernel]
+    weight: Tensor,  # [C_out, C_in/groups, *kernel]
     geometry: Geometry,
     domain: Domain,
+    *,
+    policy: Tensor | None = None,  # [N, C_out]
     in_policy: Tensor | None = None,  # [N, C_in]
-) -> Tensor:  # [C_out, C_in, *kernel]
+    frames: int = 1,
+) -> Tensor:  # as weight
     if rows(grad) == 0:
         return weight.new_zeros(weight.shape)
+    arguments = geometry.image("out", grad) | geometry.image("in", input) | geometry.arguments()
+    arguments["rows"] = rows(grad)
+    if geometry.groups > 1:
+        arguments["frames"] = frames
+        return _depthwise_weight_gradient(grad, input, weight, domain, policy, in_policy, arguments)
+    return _matrix_weight_gradient(grad, input, weight, domain, in_policy, arguments)
+
+
+def _matrix_weight_gradient(
+    grad: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
+    input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
+    weight: Tensor,  # [C_out, C_in, *kernel]
+    domain: Domain,
+    in_policy: Tensor | None,  # [N, C_in]
+    arguments: Mapping[str, int],
+) -> Tensor:  # [C_out, C_in, *kernel]
     out_channels, in_channels, *kernel = weight.shape
     chosen = configuration("weight gradient", _shape_class(grad, kernel))
     # Where only the inputs are listed, their list is the one that is followed.
@@ -268,7 +343,7 @@ def weight_gradient(
     programs = math.prod(kernel) * triton.cdiv(out_channels if inputs else in_channels, chosen["b_whole"])
     if listed is None:
         programs *= triton.cdiv(out_channels, chosen["b_list"])
-    splits, rows_per_split = _splits(rows(grad), programs)
+    splits, rows_per_split = _splits(arguments["rows"], programs)
     sums = torch.zeros(splits, out_channels, *kernel, in_channels, device=weight.device)
     convolution_bwd_weight_kernel[(splits * programs,)](
         sums,
@@ -278,34 +353,27 @@ def weight_gradient(
         listed,
         count,
         domain.taps,
-        rows(grad),
-        rows_per_split,
-        **geometry.image("out", grad),
-        **geometry.image("in", input),
-        **geometry.arguments(),
+        rows_per_split=rows_per_split,
         INPUTS=inputs,
         PRECISION=_precision(),
+        **arguments,
         **chosen,
     )
     return weight.new_empty(weight.shape).copy_(sums.sum(0).movedim(-1, 1))
 
 
-def depthwise_weight_gradient(
+def _depthwise_weight_gradient(
     grad: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
     input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
     weight: Tensor,  # [C_out, 1, *kernel]
-    geometry: Geometry,
     domain: Domain,
-    *,
-    policy: Tensor | None = None,  # [N, C_out]
-    in_policy: Tensor | None = None,  # [N, C_in]
-    frames: int = 1,
+    policy: Tensor | None,  # [N, C_out]
+    in_policy: Tensor | None,  # [N, C_in]
+    arguments: Mapping[str, int],
 ) -> Tensor:  # [C_out, 1, *kernel]
-    if rows(grad) == 0:
-        return weight.new_zeros(weight.shape)
     chosen = configuration("depthwise weight gradient", format_name(input))
     programs = weight[0].numel() * triton.cdiv(len(weight), chosen["b_channel"])
-    splits, rows_per_split = _splits(rows(grad), programs)
+    splits, rows_per_split = _splits(arguments["rows"], programs)
     sums = torch.empty(splits, *weight.shape, device=weight.device)
     depthwise_bwd_weight_kernel[(splits * programs,)](
         sums,
@@ -315,13 +383,9 @@ def depthwise_weight_gradient(
         in_policy,
         domain.output_count,
         domain.taps,
-        rows(grad),
-        rows_per_split,
-        frames,
+        rows_per_split=rows_per_split,
         multiplier=len(weight) // input.shape[1],
-        **geometry.image("out", grad),
-        **geometry.image("in", input),
-        **geometry.arguments(),
+        **arguments,
         **chosen,
     )
     return sums.sum(0).to(weight.dtype)

@@ -10,8 +10,6 @@ from adakernels.triton.convolve import (
     Geometry,
     bias_gradient,
     convolve,
-    convolve_depthwise,
-    depthwise_weight_gradient,
     input_gradient,
     weight_gradient,
 )
@@ -24,12 +22,11 @@ def _computed(
     bias: Tensor | None,  # [C_out]
     gates: tuple[Tensor | None, Tensor | None],  # [B, S_t], [B, S_c]
     geometry: Geometry,
-    groups: int,
 ) -> Tensor:  # [B, C_out, T', H', W']
-    """The convolution for the frames and first channels that some live branch takes; the rest is not filled."""
+    """The convolution for the frames and first channels that some live branch takes; the rest is left."""
     output = geometry.empty_output(input, weight)
     domain = geometry.domain(output, input, gates=gates)
-    (convolve if groups == 1 else convolve_depthwise)(output, input, weight, bias, geometry, domain)
+    convolve(output, input, weight, bias, geometry, domain)
     return output
 
 
@@ -47,8 +44,8 @@ def dynamic_conv3d(
     groups: int,
     activation: int,
 ) -> Tensor:  # [B, C_out, T', H', W']
-    geometry = Geometry(weight.shape[2:], stride, padding, dilation)
-    computed = _computed(input, weight, bias, (temporal_gate, channel_gate), geometry, groups)
+    geometry = Geometry(weight.shape[2:], stride, padding, dilation, groups)
+    computed = _computed(input, weight, bias, (temporal_gate, channel_gate), geometry)
     made = Reconstruction(temporal_gate, channel_gate, temporal_weight, channel_weight)
     return made.output(computed, activation)
 
@@ -74,37 +71,29 @@ def dynamic_conv3d_backward(
     grad_temporal_weight: bool,
     grad_channel_weight: bool,
 ) -> tuple[Tensor, ...]:  # as input, weight, bias, both gates and both of their weights
-    geometry, gates = Geometry(weight.shape[2:], stride, padding, dilation), (temporal_gate, channel_gate)
+    geometry, gates = (
+        Geometry(weight.shape[2:], stride, padding, dilation, groups),
+        (temporal_gate, channel_gate),
+    )
     made = Reconstruction(*gates, temporal_weight, channel_weight)
     none = weight.new_empty(0)
     grads: list[Tensor] = [none] * 7
     of_features = made.feature_gradient(grad_output)
-    of_frames, of_channels = (
-        grad_temporal_gate or grad_temporal_weight,
-        grad_channel_gate or grad_channel_weight,
-    )
-    if of_frames or of_channels:
-        computed = _computed(input, weight, bias, gates, geometry, groups)
-        if of_frames:
-            both = made.gradients(grad_output, computed, CHANNELS=False)
-            grads[3::2] = (
-                grad if want else none
-                for grad, want in zip(both, (grad_temporal_gate, grad_temporal_weight), strict=True)
-            )
-        if of_channels:
-            both = made.gradients(of_features, computed, CHANNELS=True)
-            grads[4::2] = (
-                grad if want else none
-                for grad, want in zip(both, (grad_channel_gate, grad_channel_weight), strict=True)
-            )
+    of_frames = grad_temporal_gate, grad_temporal_weight
+    of_channels = grad_channel_gate, grad_channel_weight
+    if any(of_frames) or any(of_channels):
+        computed = _computed(input, weight, bias, gates, geometry)
+        for first, wanted, grad in ((3, of_frames, grad_output), (4, of_channels, of_features)):
+            if any(wanted):
+                found = made.gradients(grad, computed, CHANNELS=first == 4)
+                grads[first::2] = [grad if want else none for grad, want in zip(found, wanted, strict=True)]
     grad = made.computed_gradient(of_features)
     domain = geometry.domain(grad, input, gates=gates)
     if grad_input:
         swapped = geometry.domain(input, grad, gates=gates, TRANSPOSED=True)
-        grads[0] = input_gradient(grad, input, weight, geometry, swapped, groups)
+        grads[0] = input_gradient(grad, input, weight, geometry, swapped)
     if grad_weight:
-        run = weight_gradient if groups == 1 else depthwise_weight_gradient
-        grads[1] = run(grad, input, weight, geometry, domain)
+        grads[1] = weight_gradient(grad, input, weight, geometry, domain)
     if grad_bias:
         grads[2] = bias_gradient(grad, domain)
     return tuple(grads)

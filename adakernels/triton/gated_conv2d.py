@@ -11,8 +11,6 @@ from adakernels.triton.convolve import (
     Geometry,
     bias_gradient,
     convolve,
-    convolve_depthwise,
-    depthwise_weight_gradient,
     input_gradient,
     weight_gradient,
 )
@@ -34,13 +32,19 @@ def gated_conv2d(
     activation: int,
 ) -> Tensor:  # [N, C_out, H', W']
     output = empty_output(input, weight, stride, padding, dilation)
-    geometry = Geometry(weight.shape[2:], stride, padding, dilation)
-    common = {"policy": policy, "frames": frames, "activation": activation}
-    if groups == 1:
-        domain = build_domain(policy, in_policy, frames)
-        convolve(output, input, weight, bias, geometry, domain, **common)
-    else:
-        convolve_depthwise(output, input, weight, bias, geometry, Domain(), in_policy=in_policy, **common)
+    geometry = Geometry(weight.shape[2:], stride, padding, dilation, groups)
+    convolve(
+        output,
+        input,
+        weight,
+        bias,
+        geometry,
+        build_domain(policy, in_policy, frames) if groups == 1 else Domain(),
+        policy=policy,
+        in_policy=in_policy,
+        frames=frames,
+        activation=activation,
+    )
     return output
 
 
@@ -63,16 +67,13 @@ def gated_conv2d_backward(
     grad = grad_output
     if policy is not None:
         grad = temporal_fuse_backward(grad_output, grad_output, policy, frames, True, False)[0]
-    geometry = Geometry(weight.shape[2:], stride, padding, dilation)
+    geometry = Geometry(weight.shape[2:], stride, padding, dilation, groups)
     domain = build_domain(policy, in_policy, frames) if groups == 1 else Domain()
     to_input, to_weight = input.new_empty(0), weight.new_empty(0)
     if grad_input:
         swapped = Domain(*domain[2:4], *domain[:2])
-        to_input = input_gradient(grad, input, weight, geometry, swapped, groups, in_policy)
-    if grad_weight and groups == 1:
-        to_weight = weight_gradient(grad, input, weight, geometry, domain, in_policy)
-    elif grad_weight:
-        to_weight = depthwise_weight_gradient(
-            grad, input, weight, geometry, domain, policy=policy, in_policy=in_policy, frames=frames
-        )
+        to_input = input_gradient(grad, input, weight, geometry, swapped, in_policy=in_policy)
+    if grad_weight:
+        policies = {"policy": policy, "in_policy": in_policy}
+        to_weight = weight_gradient(grad, input, weight, geometry, domain, frames=frames, **policies)
     return to_input, to_weight, bias_gradient(grad, domain) if grad_bias else weight.new_empty(0)

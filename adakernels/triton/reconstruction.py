@@ -54,7 +54,7 @@ def reconstruction_kernel(
     step_frame,
     step_channel,
     step_pixel,
-    size,
+    SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     LAST: tl.constexpr,
@@ -74,7 +74,6 @@ def reconstruction_kernel(
     i_channel = tl.program_id(0) // pixel_blocks % channel_blocks * b_channel + tl.arange(0, b_channel)
     i_row = tl.program_id(0) // pixel_blocks // channel_blocks
     i_clip, i_frame = (i_row // frames).to(tl.int64), i_row % frames
-    m_value = (i_pixel < pixels)[:, None] & (i_channel < channels)[None, :]
     wanted = i_frame >= 0
     if not LAST:
         level = lowest_live_level(p_temporal_gate, i_clip, temporal_levels, True)
@@ -104,11 +103,11 @@ def reconstruction_kernel(
                 targets = tl.where((weight > 0) & (i_frame % given == 0), given, 0)
         for target in range(targets):
             i_read, t = i_channel, i_frame
-            m_read = m_value
+            m_read = i_channel < channels
             if CHANNELS:
                 if TRANSPOSED:
                     i_read = i_channel + target * given
-                    m_read = m_read & ((i_channel < given) & (i_read < channels))[None, :]
+                    m_read = (i_channel < given) & (i_read < channels)
                     made = (i_channel >= 0) & (target > 0)
                     i_filter = i_read
                 else:
@@ -127,27 +126,29 @@ def reconstruction_kernel(
                 i_filter = (distance - 1) * channels + i_channel
             p_frame = p_given + t.to(tl.int64) * step_frame
             some_made = tl.max(made.to(tl.int32), 0) > 0
-            for tap in range(tl.where(some_made, size * size, 1)):
-                i_tap = tl.where(some_made, tap, size * size // 2)
-                tap_y, tap_x = i_tap // size - size // 2, i_tap % size - size // 2
+            for tap in range(tl.where(some_made, SIZE * SIZE, 1)):
+                i_tap = tl.where(some_made, tap, SIZE * SIZE // 2)
+                tap_y, tap_x = i_tap // SIZE - SIZE // 2, i_tap % SIZE - SIZE // 2
                 if TRANSPOSED:
                     in_y, in_x = y - tap_y, x - tap_x
                 else:
                     in_y, in_x = y + tap_y, x + tap_x
                 m_inside = (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
+                m_inside = m_inside & (i_pixel < pixels)
                 i_value = ((in_y * width + in_x) * step_pixel)[:, None] + (i_read * step_channel)[None, :]
-                kept = tl.where(i_tap == size * size // 2, 1.0, 0.0)
+                kept = tl.where(i_tap == SIZE * SIZE // 2, 1.0, 0.0)
                 filter = kept
                 if p_filters is not None:
-                    m_filter = made & (i_channel < channels) & (i_read < channels)
-                    filter = tl.load(p_filters + i_filter * (size * size) + i_tap, mask=m_filter, other=0)
+                    p_filter = p_filters + i_filter * (SIZE * SIZE) + i_tap
+                    filter = tl.load(p_filter, mask=m_read & made, other=0)
                     filter = tl.where(made, filter.to(tl.float32), kept)
-                given_value = tl.load(p_frame + i_value, mask=m_read & m_inside[:, None], other=0)
+                given_value = tl.load(p_frame + i_value, mask=m_inside[:, None] & m_read[None, :], other=0)
                 value += given_value.to(tl.float32) * (filter * (weight * factor))
     i_value = (i_pixel * step_pixel)[:, None] + (i_channel * step_channel)[None, :]
     p_frame = p_output + i_clip * step_clip + i_frame.to(tl.int64) * step_frame
     value = activate(value, ACTIVATION).to(p_output.dtype.element_ty)
-    tl.store(p_frame + i_value, value, mask=m_value & wanted)
+    m_value = (i_pixel < pixels)[:, None] & ((i_channel < channels) & wanted)[None, :]
+    tl.store(p_frame + i_value, value, mask=m_value)
 
 
 @triton.jit
@@ -171,7 +172,7 @@ def reconstruction_bwd_filters_kernel(
     step_frame,
     step_channel,
     step_pixel,
-    size,
+    SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     b_pixel: tl.constexpr,
     b_channel: tl.constexpr,
@@ -184,12 +185,12 @@ def reconstruction_bwd_filters_kernel(
     channel_blocks = tl.cdiv(channels, b_channel)
     i_channel = tl.program_id(0) % channel_blocks * b_channel + tl.arange(0, b_channel)
     i_unit = tl.program_id(0) // channel_blocks
-    i_tap = i_unit % (size * size)
-    i_branch = i_unit // (size * size) % branches
-    i_clip = (i_unit // (size * size) // branches % clips).to(tl.int64)
-    i_split = i_unit // (size * size) // branches // clips
+    i_tap = i_unit % (SIZE * SIZE)
+    i_branch = i_unit // (SIZE * SIZE) % branches
+    i_clip = (i_unit // (SIZE * SIZE) // branches % clips).to(tl.int64)
+    i_split = i_unit // (SIZE * SIZE) // branches // clips
     m_channel = i_channel < channels
-    is_centre = i_tap == size * size // 2
+    is_centre = i_tap == SIZE * SIZE // 2
     if CHANNELS:
         weight = tl.load(p_channel_gate + i_clip * channel_levels + i_branch)
         given = (channels + (1 << i_branch) - 1) >> i_branch
@@ -214,7 +215,7 @@ def reconstruction_bwd_filters_kernel(
     first += i_split * distance
     frame_count = tl.cdiv(tl.maximum(frames - first, 0), distance * splits)
     frame_count = tl.where((weight > 0) & (tl.max(m_channel.to(tl.int32), 0) > 0), frame_count, 0)
-    tap_y, tap_x = i_tap // size - size // 2, i_tap % size - size // 2
+    tap_y, tap_x = i_tap // SIZE - SIZE // 2, i_tap % SIZE - SIZE // 2
     pixels = height * width
     value = tl.zeros([b_pixel, b_channel], tl.float32)
     for i_frame in range(frame_count):
@@ -303,7 +304,7 @@ class Reconstruction:
         gate = self.gates[CHANNELS]
         filters = self.channel_weight if CHANNELS else self.temporal_weight
         assert gate is not None
-        clips, levels = gate.shape
+        levels = gate.shape[1]
         sums = self._sums(grad, computed, levels if CHANNELS else 2**levels - 1, CHANNELS=CHANNELS)
         channels, taps = computed.shape[1], sums.shape[2]
         kept = sums.new_zeros(1, taps, channels)
@@ -341,7 +342,7 @@ class Reconstruction:
         *,
         CHANNELS: bool,
     ) -> Tensor:  # [B, branches, k * k, C]
-        clips, channels, frames, height, width = computed.shape
+        clips, channels, frames = computed.shape[:3]
         given = computed if CHANNELS else self.features(computed)
         size = self._size(CHANNELS)
         chosen = configuration("depthwise weight gradient", format_name(computed))
@@ -359,7 +360,7 @@ class Reconstruction:
                 splits=splits,
                 branches=branches,
                 **self._image(computed),
-                size=size,
+                SIZE=size,
                 CHANNELS=CHANNELS,
                 **chosen,
             )
@@ -378,7 +379,7 @@ class Reconstruction:
         output = torch.empty_like(given)
         if output.numel() == 0:
             return output
-        chosen = configuration("depthwise", format_name(given))
+        chosen = configuration("reconstruction", format_name(given))
         clips, channels, frames, height, width = given.shape
         blocks = triton.cdiv(height * width, chosen["b_pixel"]) * triton.cdiv(channels, chosen["b_channel"])
         reconstruction_kernel[(clips * frames * blocks,)](
@@ -388,7 +389,7 @@ class Reconstruction:
             self.channel_weight if CHANNELS else self.temporal_weight,
             *self._gate_arguments(),
             **self._image(given),
-            size=self._size(CHANNELS),
+            SIZE=self._size(CHANNELS),
             CHANNELS=CHANNELS,
             TRANSPOSED=TRANSPOSED,
             LAST=LAST,
@@ -401,7 +402,7 @@ class Reconstruction:
         filters = self.channel_weight if channels else self.temporal_weight
         return 1 if filters is None else filters.shape[-1]
 
-    def _gate_arguments(self) -> tuple[Tensor | None, Tensor | None, int, int]:
+    def _gate_arguments(self) -> tuple[Tensor | int | None, ...]:
         return *self.gates, *(1 if gate is None else gate.shape[1] for gate in self.gates)
 
     @staticmethod

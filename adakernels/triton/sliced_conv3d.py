@@ -10,8 +10,6 @@ from adakernels.triton.convolve import (
     Geometry,
     bias_gradient,
     convolve,
-    convolve_depthwise,
-    depthwise_weight_gradient,
     input_gradient,
     weight_gradient,
 )
@@ -29,11 +27,10 @@ def sliced_conv3d(
     groups: int,
     activation: int,
 ) -> Tensor:  # [B, C_out, T', H', W'] | [sum T, C_out, H', W']
-    geometry = Geometry(weight.shape[2:], stride, padding, dilation, packed=frame_offsets is not None)
+    geometry = Geometry(weight.shape[2:], stride, padding, dilation, groups, frame_offsets is not None)
     output = geometry.empty_output(input, weight)
     domain = geometry.domain(output, input, temporal, frame_offsets)
-    run = convolve if groups == 1 else convolve_depthwise
-    run(output, input, weight, bias, geometry, domain, activation=activation)
+    convolve(output, input, weight, bias, geometry, domain, activation=activation)
     return output
 
 
@@ -51,13 +48,12 @@ def sliced_conv3d_backward(
     grad_weight: bool,
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # as input, as weight, [C_out]
-    geometry = Geometry(weight.shape[2:], stride, padding, dilation, packed=frame_offsets is not None)
+    geometry = Geometry(weight.shape[2:], stride, padding, dilation, groups, frame_offsets is not None)
     domain = geometry.domain(grad_output, input, temporal, frame_offsets)
     to_input, to_weight = input.new_empty(0), weight.new_empty(0)
     if grad_input:
         swapped = geometry.domain(input, grad_output, temporal, frame_offsets, TRANSPOSED=True)
-        to_input = input_gradient(grad_output, input, weight, geometry, swapped, groups)
+        to_input = input_gradient(grad_output, input, weight, geometry, swapped)
     if grad_weight:
-        run = weight_gradient if groups == 1 else depthwise_weight_gradient
-        to_weight = run(grad_output, input, weight, geometry, domain)
+        to_weight = weight_gradient(grad_output, input, weight, geometry, domain)
     return to_input, to_weight, bias_gradient(grad_output, domain) if grad_bias else weight.new_empty(0)

@@ -77,9 +77,26 @@ def sliced_conv3d(
     offsets = torch.zeros(3, dtype=torch.int32) if packed else None
     convolution = [1, stride, stride], [1, 1, 1], [1, 1, 1], groups
     output = kernels.sliced_conv3d(input, weight, weight[:, 0, 0, 0, 0], temporal, offsets, *convolution, 1)
-    kernels.sliced_conv3d_backward(
-        output, input, weight, temporal, offsets, *convolution, True, True, False
-    )
+    kernels.sliced_conv3d_backward(output, input, weight, temporal, offsets, *convolution, True, True, False)
+
+
+def slim_conv(dtype: torch.dtype) -> None:
+    input = torch.zeros(8, 48, 14, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(64, 80, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    used = 40, [0, 32, 64, 80], [1, 1], [1, 1], [1, 1], 1
+    output = kernels.slim_conv(input, weight, weight[:, 0, 0, 0], *used, 1)
+    kernels.slim_conv_backward(output, input, weight, *used, True, False, False)
+
+
+def dynamic_conv3d(dtype: torch.dtype, format: torch.memory_format) -> None:
+    input = torch.zeros(2, 64, 4, 14, 14, dtype=dtype).contiguous(memory_format=format)
+    weight = torch.zeros(64, 64, 1, 3, 3, dtype=dtype)
+    filters = torch.zeros(64, 3, 3, dtype=dtype)
+    gates = torch.zeros(2, 2), torch.zeros(2, 2)
+    arguments = weight[:, 0, 0, 0, 0], *gates, filters[None], filters, [1] * 3, [0, 1, 1], [1] * 3, 1
+    output = kernels.dynamic_conv3d(input, weight, *arguments, 1)
+    wanted = [True, True, False, True, True, True, True]
+    kernels.dynamic_conv3d_backward(output, input, weight, *arguments, *wanted)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -127,6 +144,8 @@ for name, format in FORMATS.items():
 CALLS["sliced_conv3d"] = partial(sliced_conv3d, format=torch.channels_last_3d)
 CALLS["sliced_conv3d-packed"] = partial(sliced_conv3d, format=torch.contiguous_format, stride=2, packed=True)
 CALLS["sliced_conv3d-depthwise"] = partial(sliced_conv3d, format=torch.channels_last_3d, groups=64)
+CALLS["slim_conv"] = slim_conv
+CALLS["dynamic_conv3d"] = partial(dynamic_conv3d, format=torch.channels_last_3d)
 
 
 class StandIn:

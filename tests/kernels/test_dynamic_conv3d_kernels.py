@@ -47,21 +47,31 @@ class Case:
 CASES = {
     # One level each, several at once, none; clips whose last group is short, C no multiple of 4.
     "mixed levels": Case(
-        ((0, 0, 0.7), (0, 0.5, 0), (0.9, 0, 0.4), (0, 0, 0)),
-        ((0, 0.6, 0), (0.8, 0, 0), (0.3, 0.2, 0.4), (0, 1, 0)),
+        ((0, 0.5, 0), (0.9, 0, 0.4), (0, 0, 0)),
+        ((0, 0.6, 0), (0.3, 0, 0.4), (0, 1, 0)),
         5,
         3,
         7,
-        (3, 4),
+        (2, 3),
         activation="relu",
     ),
     "no channel computed": Case(((1, 0.5),), ((0, 0),), 2, 3, 4, (3, 2)),
     "frames only, taps in time": Case(
         ((0, 1), (0.4, 0.3)), None, 5, 4, 5, (2, 3), (3, 1, 1), (2, 1, 1), (1, 0, 0), activation="silu"
     ),
-    "channels only, two blocks": Case(None, ((0, 0, 1), (0, 0.5, 0.5)), 1, 3, 66, (2, 2), (1, 1, 1), padding=(0, 0, 0)),
+    "channels only, two blocks": Case(None, ((0, 0.5, 0.5),), 1, 3, 66, (1, 2), (1, 1, 1), padding=(0, 0, 0)),
     "dilated in time, filters of one tap": Case(
-        ((0, 1, 0), (0, 0, 1)), ((0, 1), (1, 0)), 7, 3, 6, (3, 3), (3, 1, 2), (1, 1, 2), (2, 0, 1), (2, 1, 1), filters=1
+        ((0, 1, 0), (0, 0, 1)),
+        ((0, 1), (1, 0)),
+        7,
+        3,
+        6,
+        (2, 3),
+        (3, 1, 2),
+        (1, 1, 2),
+        (2, 0, 1),
+        (2, 1, 1),
+        filters=1,
     ),
     "depthwise": Case(
         ((0, 0.5), (1, 0)), ((0, 1), (1, 0)), 3, 5, 5, (3, 3), (3, 1, 3), padding=(1, 0, 1), groups=5
@@ -72,9 +82,7 @@ CASES = {
 FORMS = [(torch.float32, torch.contiguous_format), (torch.float16, torch.channels_last_3d)]
 
 
-def make(
-    case: Case, dtype: torch.dtype, format: torch.memory_format, device: str
-) -> list[Tensor | None]:
+def make(case: Case, dtype: torch.dtype, format: torch.memory_format, device: str) -> list[Tensor | None]:
     """Input, weight, bias, both gates, and the filters of frames and of channels."""
     generator = torch.Generator().manual_seed(0)
 
@@ -82,7 +90,11 @@ def make(
         return torch.randn(shape, generator=generator)
 
     def gate(weights: Any, levels: int) -> Tensor | None:
-        return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device).reshape(-1, levels)
+        return (
+            None
+            if weights is None
+            else torch.tensor(weights, dtype=torch.float32, device=device).reshape(-1, levels)
+        )
 
     levels = [len(weights[0]) if weights else 2 for weights in (case.temporal, case.channel)]
     filters = case.out_channels, case.filters, case.filters
@@ -92,11 +104,14 @@ def make(
         randn(case.out_channels),
         gate(case.temporal, levels[0]),
         gate(case.channel, levels[1]),
-        randn(2 ** (levels[0] - 1) - 1, *filters) / case.filters if levels[0] > 1 and case.temporal is not None else None,
+        randn(2 ** (levels[0] - 1) - 1, *filters) / case.filters
+        if levels[0] > 1 and case.temporal is not None
+        else None,
         randn(*filters) / case.filters if levels[1] > 1 and case.channel is not None else None,
     ]
     return [
-        tensor if i in (3, 4) or tensor is None else tensor.to(device, dtype) for i, tensor in enumerate(tensors)
+        tensor if i in (3, 4) or tensor is None else tensor.to(device, dtype)
+        for i, tensor in enumerate(tensors)
     ]
 
 
@@ -137,9 +152,11 @@ def test_matches_the_reference(
 def test_gradients(
     kernels: Any, case: Case, dtype: torch.dtype, format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if format == torch.contiguous_format:
-        for module in ("convolve", "reconstruction"):
-            monkeypatch.setattr(sys.modules[f"adakernels.triton.{module}"], "PROGRAMS", 1)
+    for module in ("convolve", "reconstruction"):
+        # The sums of a few programs, or of one, as there would be with more frames.
+        monkeypatch.setattr(
+            sys.modules[f"adakernels.triton.{module}"], "PROGRAMS", 1 if dtype == torch.float16 else 128
+        )
     # The kernels begin behind the activation.
     case = replace(case, activation=None)
     tensors = make(case, dtype, format, kernels.device)
@@ -147,7 +164,9 @@ def test_gradients(
     output = expected(case, *leaves)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(kernels.device, dtype)
     wanted = [tensor is not None for tensor in tensors]
-    found = kernels.dynamic_conv3d_backward(dense(grad, like=tensors[0]), *tensors, *case.convolution, *wanted)
+    found = kernels.dynamic_conv3d_backward(
+        dense(grad, like=tensors[0]), *tensors, *case.convolution, *wanted
+    )
     given = [leaf for leaf in leaves if leaf is not None]
     exact_grads = iter(torch.autograd.grad(output, given, grad.double()))
     for tensor, mine in zip(tensors, found, strict=True):

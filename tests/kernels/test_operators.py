@@ -17,9 +17,11 @@ from torch import Tensor
 import adakernels as ak
 from adakernels.ops import (
     _library,
+    dynamic_conv3d_reference,
     gated_conv2d_reference,
     patch_gather_reference,
     sliced_conv3d_reference,
+    slim_conv_reference,
     temporal_fuse_reference,
 )
 
@@ -80,11 +82,49 @@ def make_sliced(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Calla
     )
 
 
+def make_slim(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    input, bias = torch.randn(2, 5, 4, 3, device=device), torch.randn(6, device=device)
+    arguments = {"out_channels": 4, "segments": ((0, 3), (6, 8)), "padding": 1, "activation": "relu6"}
+    return (
+        [
+            input.contiguous(memory_format=torch.channels_last),
+            torch.randn(6, 8, 3, 3, device=device) / 6,
+            bias,
+        ],
+        lambda *leaves: ak.slim_conv2d(*leaves, **arguments),
+        lambda *leaves: slim_conv_reference(*leaves, **arguments),
+    )
+
+
+def make_dynamic(device: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    leaves = [
+        torch.randn(2, 3, 3, 3, 4, device=device).contiguous(memory_format=torch.channels_last_3d),
+        torch.randn(4, 3, 3, 1, 1, device=device) / 3,
+        torch.randn(4, device=device),
+        torch.tensor([[0.0, 0.7], [0.2, 0.5]], device=device),
+        torch.tensor([[0.4, 0.3], [0.0, 0.6]], device=device),
+        torch.randn(1, 4, 3, 3, device=device) / 3,
+        torch.randn(4, 3, 3, device=device) / 3,
+    ]
+
+    def arguments(temporal_weight: Tensor, channel_weight: Tensor) -> dict[str, Any]:
+        filters = {"temporal_weight": temporal_weight, "channel_weight": channel_weight}
+        return {**filters, "padding": (1, 0, 0), "activation": "silu"}
+
+    return (
+        leaves,
+        lambda *leaves: ak.dynamic_conv3d(*leaves[:5], **arguments(*leaves[5:])),
+        lambda *leaves: dynamic_conv3d_reference(*leaves[:5], **arguments(*leaves[5:])),
+    )
+
+
 OPERATORS = {
     "temporal_fuse": make_fuse,
     "patch_gather": make_gather,
     "gated_conv2d": make_conv,
     "sliced_conv3d": make_sliced,
+    "slim_conv": make_slim,
+    "dynamic_conv3d": make_dynamic,
 }
 ON_KERNELS = pytest.mark.parametrize(
     ("kernels", "make"),

@@ -138,3 +138,24 @@ def test_matches_the_reference_with_its_gradients(
         largest = exact.abs().max().item() if exact.numel() > 0 else 0
         torch.testing.assert_close(mine.double(), exact, rtol=tolerance, atol=tolerance * largest)
         assert (mine[exact == 0] == 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_frames_that_a_clip_does_not_visit_are_not_read(kernels: Any, groups: int) -> None:
+    case = Case((3, 2), 4, 4, (2, 3), groups=groups, temporal=(False, True), packed=True)
+    input, *rest = make(case, torch.float32, True, kernels.device)
+    want = run(kernels, case, input, *rest)
+    # The first clip has no use for other frames, and the second has none for the first clip.
+    input[1] = float("nan")
+    output = run(kernels, case, input, *rest)
+    assert output[1].isnan().all()
+    others = [0, 2, 3, 4]
+    assert torch.equal(output[others], want[others])
+
+
+def test_offsets_that_are_none_stay_within_the_input(kernels: Any) -> None:
+    case = Case((3, 2), 4, 4, (2, 3), packed=True, temporal=(False, True))
+    *tensors, offsets = make(case, torch.float32, True, kernels.device)
+    for wrong in ([0, 50, 7], [0, -3, 5], [9, 2, -1]):
+        offsets.copy_(torch.tensor(wrong, dtype=torch.int32))
+        assert run(kernels, case, *tensors, offsets).isfinite().all()

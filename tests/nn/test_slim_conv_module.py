@@ -163,9 +163,14 @@ def test_a_width_is_prepared_once(clips: Tensor, monkeypatch: pytest.MonkeyPatch
         for _ in range(3):
             run(conv, clips)
             run(conv, other)
+        for _ in range(2):
+            conv(clips, out_channels=16, segments=SEGMENTS)
+            run(conv, clips)
+        for _ in range(2):
+            conv(clips, out_channels=4, segments=SEGMENTS)
+            run(conv, clips)
         conv(clips, out_channels=16, segments=SEGMENTS)
-        run(conv, clips)
-    assert prepared == [WIDTH, 16, WIDTH]
+    assert prepared == [WIDTH, 16, 4, WIDTH, 16]
 
 
 def test_copies_and_pickles(clips: Tensor) -> None:

@@ -20,18 +20,18 @@ struct WeightedRun {
   float weight;
 };
 
-// out[i] = sum over terms of weight * source[i]
+// out[i] = activation(sum over runs of weight * source[i])
 template <int count>
-inline void sum_vectors(const WeightedRun* terms, int64_t term_count, int64_t at, float* out) {
+inline void sum_vectors(const WeightedRun* runs, int64_t run_count, int64_t at, Activation activation, float* out) {
   using V = Vector<kLanes>;
   V sum[count] = {};
-  for (const WeightedRun *term = terms, *end = terms + term_count; term != end; ++term) {
-    const V weight = broadcast<kLanes>(term->weight);
+  for (const WeightedRun *run = runs, *end = runs + run_count; run != end; ++run) {
+    const V weight = broadcast<kLanes>(run->weight);
 #pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) sum[i] += weight * load<kLanes>(term->source + at + i * kLanes);
+    for (int i = 0; i < count; ++i) sum[i] += weight * load<kLanes>(run->source + at + i * kLanes);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) store<kLanes>(out + i * kLanes, sum[i]);
+  for (int i = 0; i < count; ++i) store<kLanes>(out + i * kLanes, activate<kLanes>(activation, sum[i]));
 }
 
 // Planes with zeros around them: a row is followed by one, which serves the next row too.
@@ -61,35 +61,47 @@ class FilterSum {
   }
   void add(const float* plane, float weight) { terms_[count_++] = {plane, weight}; }
 
-  // Rows of `target` = activation(sum of all terms).
-  void store_to(float* target, int64_t target_pitch, const PaddedPlane& plane, Activation activation) const {
+  // Rows of `target` = activation(sum of all terms). Meanwhile fetches as many values from `next` on, to be written.
+  void store_to(float* target, int64_t target_pitch, const PaddedPlane& plane, Activation activation,
+                const float* next = nullptr) const {
+    const int64_t pitch = plane.pitch, width = plane.width;
+    const auto fetch = [&](int64_t begin, int64_t end) {
+      if (next == nullptr) return;
+      for (int64_t i = begin * width; i < end * width; i += 16) __builtin_prefetch(next + i, 1, 2);
+    };
+    if (width % kLanes == 0) {
+      for (int64_t y = 0; y < plane.height; ++y) {
+        fetch(y, y + 1);
+        sum(y * pitch, width, activation, target + y * target_pitch);
+      }
+      return;
+    }
     alignas(64) float strip[kStripValues + kSumVectors * kLanes];
-    const int64_t pitch = plane.pitch;
     if (pitch > kStripValues) {
       for (int64_t y = 0; y < plane.height; ++y)
-        for (int64_t x = 0; x < plane.width; x += kStripValues) {
-          const int64_t count = std::min(kStripValues, plane.width - x);
-          sum(y * pitch + x, count, strip);
-          activate(activation, strip, count);
-          std::memcpy(target + y * target_pitch + x, strip, size_t(count) * 4);
+        for (int64_t x = 0; x < width; x += kStripValues) {
+          const int64_t count = std::min(kStripValues, width - x);
+          sum(y * pitch + x, count, activation, strip);
+          copy_row(target + y * target_pitch + x, strip, count);
         }
       return;
     }
     const int64_t rows = kStripValues / pitch;
     for (int64_t y = 0; y < plane.height; y += rows) {
-      const int64_t end = std::min(y + rows, plane.height), count = (end - y) * pitch;
-      sum(y * pitch, count, strip);
-      activate(activation, strip, count);
-      for (int64_t i = y; i < end; ++i) copy_row(target + i * target_pitch, strip + (i - y) * pitch, plane.width);
+      const int64_t end = std::min(y + rows, plane.height);
+      fetch(y, end);
+      sum(y * pitch, (end - y) * pitch, activation, strip);
+      for (int64_t i = y; i < end; ++i) copy_row(target + i * target_pitch, strip + (i - y) * pitch, width);
     }
   }
 
  private:
-  void sum(int64_t at, int64_t count, float* out) const {
+  // Writes up to a vector more than `count` values, unless that is a multiple of a vector.
+  void sum(int64_t at, int64_t count, Activation activation, float* out) const {
     int64_t i = 0;
     for (; i + (kSumVectors - 1) * kLanes < count; i += kSumVectors * kLanes)
-      sum_vectors<kSumVectors>(terms_, count_, at + i, out + i);
-    for (; i < count; i += kLanes) sum_vectors<1>(terms_, count_, at + i, out + i);
+      sum_vectors<kSumVectors>(terms_, count_, at + i, activation, out + i);
+    for (; i < count; i += kLanes) sum_vectors<1>(terms_, count_, at + i, activation, out + i);
   }
 
   static void copy_row(float* to, const float* from, int64_t count) {
@@ -191,7 +203,8 @@ class ChannelMaker {
       else if (here != 0)
         terms_.add(made(source), here);
     }
-    terms_.store_to(dense(channel, frame), what_.width, plane_, what_.activation);
+    const float* next = frame + 1 < end_ ? dense(channel, frame + 1) : nullptr;
+    terms_.store_to(dense(channel, frame), what_.width, plane_, what_.activation, next);
   }
 
   const Reconstruction& what_;

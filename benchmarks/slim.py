@@ -1,0 +1,311 @@
+"""Slimmed convolutions and A3D networks, and the dense ones that they are measured against."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adakernels as ak
+from adakernels.models import A3DSlow
+from adakernels.models.a3d import SlimBottleneck, make_divisible
+from adakernels.nn import SlimConv3d
+from adakernels.nn.folding import fold_batch_norm
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
+WIDTHS = (0.5, 0.63, 0.83)
+
+
+@dataclass(frozen=True)
+class SlimCase:
+    """A layer of Slow-R50 or SlowFast at a share `width` of its channels, with ReLU, on one clip.
+
+    `lateral` counts the input's last channels, which come from the Fast pathway and are not slimmed.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int, int]
+    size: int
+    frames: int
+    width: float
+    stride: int = 1
+    lateral: int = 0
+    quick: bool = False
+
+    family = "slim"
+
+    @property
+    def slimmed(self) -> tuple[int, int]:
+        """Input and output channels in use."""
+        inputs = make_divisible((self.in_channels - self.lateral) * self.width) + self.lateral
+        return inputs, make_divisible(self.out_channels * self.width)
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        inputs = self.slimmed[0]
+        if not self.lateral:
+            return ((0, inputs),)
+        return ((0, inputs - self.lateral), (self.in_channels - self.lateral, self.in_channels))
+
+    @property
+    def name(self) -> str:
+        kernel = "x".join(map(str, self.kernel))
+        lateral = f"+{self.lateral}" if self.lateral else ""
+        stride = f"s{self.stride}" if self.stride > 1 else ""
+        channels = f"{self.in_channels - self.lateral}{lateral}to{self.out_channels}"
+        return f"{channels}k{kernel}at{self.frames}x{self.size}{stride}-w{self.width:.2f}"
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds with the slimmed channels."""
+        out_size = (self.size - 1) // self.stride + 1
+        return math.prod(self.slimmed) * math.prod(self.kernel) * self.frames * out_size**2
+
+
+@dataclass(frozen=True)
+class SlimModelCase:
+    """Slow-R50 within a budget, against the whole network without one on the same clip of 8 x 256²."""
+
+    size: int
+    frames: int
+    width: float
+    quick: bool = False
+
+    family = "slim_model"
+
+    @property
+    def name(self) -> str:
+        return f"a3d_slow_resnet50-{self.frames}x{self.size}-w{self.width:.2f}"
+
+
+# Input and output channels, kernel, height, stride; at 224².
+SLOW_LAYERS: tuple[tuple[int, int, tuple[int, int, int], int, int], ...] = (
+    (256, 64, (1, 1, 1), 56, 1),
+    (64, 64, (1, 3, 3), 56, 1),
+    (64, 256, (1, 1, 1), 56, 1),
+    (128, 128, (1, 3, 3), 56, 2),
+    (512, 128, (1, 1, 1), 28, 1),
+    (128, 128, (1, 3, 3), 28, 1),
+    (128, 512, (1, 1, 1), 28, 1),
+    (1024, 256, (3, 1, 1), 14, 1),
+    (256, 256, (1, 3, 3), 14, 1),
+    (256, 1024, (1, 1, 1), 14, 1),
+    (2048, 512, (3, 1, 1), 7, 1),
+    (512, 512, (1, 3, 3), 7, 1),
+    (512, 2048, (1, 1, 1), 7, 1),
+)
+QUICK_LAYERS = (1, 7, 11)
+
+
+def _layers() -> list[SlimCase]:
+    cases = []
+    for number, (inputs, outputs, kernel, size, stride) in enumerate(SLOW_LAYERS):
+        for width in WIDTHS:
+            quick = number in QUICK_LAYERS and width == 0.63
+            cases.append(SlimCase(inputs, outputs, kernel, size, 8, width, stride, quick=quick))
+    # The sizes of the paper's trade-off lists, divided by what the stages before have reduced.
+    for pixels, frames in ((128, 2), (142, 4), (160, 4), (178, 2), (192, 4)):
+        for inputs, outputs, kernel, reduced in (
+            (64, 64, (1, 3, 3), 4),
+            (512, 128, (1, 1, 1), 8),
+            (1024, 256, (3, 1, 1), 16),
+            (256, 256, (1, 3, 3), 16),
+        ):
+            cases.append(SlimCase(inputs, outputs, kernel, -(-pixels // reduced), frames, 0.63))
+    cases += [
+        SlimCase(320, 128, (1, 1, 1), 56, 4, 0.63, lateral=64),
+        SlimCase(1280, 512, (3, 1, 1), 14, 3, 0.63, lateral=256),
+    ]
+    return cases
+
+
+SLIM = _layers()
+SLIM_MODELS = [
+    SlimModelCase(256, 8, 1.0),
+    SlimModelCase(224, 8, 1.0),
+    SlimModelCase(224, 4, 0.8),
+    SlimModelCase(224, 4, 0.5),
+    SlimModelCase(160, 4, 0.5),
+    SlimModelCase(128, 2, 0.5),
+]
+
+Runner = Callable[[], Tensor]
+
+
+class DenseConv:
+    """A plain convolution over clips, in the fastest of the ways that PyTorch has for it.
+
+    "contiguous" and "channels_last" are `F.conv3d`. Where the kernel has no extent in time, or only that,
+    "channels_last_2d" is `F.conv2d` on frames, or on maps of time by all pixels; both are views.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        weight: Tensor,  # [C_out, C_in, kt, kh, kw]
+        bias: Tensor,  # [C_out]
+        stride: Sequence[int],
+    ) -> None:
+        padding = [size // 2 for size in weight.shape[2:]]
+        self.flat = ""
+        if form == "channels_last_2d":
+            self.flat = "frames" if weight.shape[2] == 1 else "columns" if weight.shape[3] == 1 else ""
+        if self.flat == "frames":
+            weight, stride, padding = weight[:, :, 0], stride[1:], padding[1:]
+        elif self.flat == "columns":
+            weight, stride, padding = weight[..., 0], stride[:2], padding[:2]
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        order = torch.contiguous_format if form == "contiguous" else formats[weight.dim()]
+        self.weight, self.bias = weight.contiguous(memory_format=order), bias
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, input: Tensor) -> Tensor:  # [B, C_in, T, H, W]
+        if self.flat == "frames":
+            frames = input.transpose(1, 2).flatten(0, 1)
+            output = F.conv2d(frames, self.weight, self.bias, self.stride, self.padding)
+            return output.unflatten(0, (input.shape[0], input.shape[2])).transpose(1, 2)
+        if self.flat == "columns":
+            output = F.conv2d(input.flatten(3), self.weight, self.bias, self.stride, self.padding)
+            return output.unflatten(3, input.shape[3:])
+        return F.conv3d(input, self.weight, self.bias, self.stride, self.padding)
+
+
+DENSE_FORMS = ("contiguous", "channels_last", "channels_last_2d")
+
+
+class SlimLayer:
+    """A layer in its three forms: allocated at the width, sliced in every call as done today, and ours."""
+
+    def __init__(self, case: SlimCase) -> None:
+        self.case = case
+        random = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+        inputs, self.count = case.slimmed
+        self.stride = (1, case.stride, case.stride)
+        self.conv = SlimConv3d(
+            case.in_channels,
+            case.out_channels,
+            case.kernel,
+            self.stride,
+            tuple(size // 2 for size in case.kernel),
+            activation="relu",
+        ).eval()
+        scale = (2 / inputs / math.prod(case.kernel)) ** 0.5
+        assert self.conv.bias is not None
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.randn(self.conv.weight.shape, generator=random) * scale)
+            self.conv.bias.copy_(torch.randn(case.out_channels, generator=random) * 0.1)
+        self.bias = self.conv.bias[: self.count]
+        shape = (1, inputs, case.frames, case.size, case.size)
+        self.input = torch.randn(shape, generator=random)
+
+    def _weight(self, weight: Tensor) -> Tensor:  # [out_channels, C, kt, kh, kw]
+        parts = [weight[: self.count, start:stop] for start, stop in self.case.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _input(self, form: str) -> Tensor:
+        return self.input.contiguous(memory_format=FORMATS[form.removesuffix("_2d")])
+
+    def dense(self) -> dict[str, Runner]:
+        """A layer that has the slimmed channels only."""
+
+        def run(conv: DenseConv, input: Tensor) -> Tensor:
+            return conv(input).relu_()
+
+        weight, bias = self._weight(self.conv.weight).detach(), self.bias.detach()
+        return {
+            form: partial(run, DenseConv(form, weight, bias, self.stride), self._input(form))
+            for form in DENSE_FORMS
+        }
+
+    def sliced(self) -> dict[str, Runner]:
+        """The same math as ours by slices of the whole weight, made in every call."""
+        padding = [size // 2 for size in self.case.kernel]
+
+        def run(input: Tensor, weight: Tensor) -> Tensor:
+            return F.conv3d(input, self._weight(weight), self.bias, self.stride, padding).relu_()
+
+        weight = self.conv.weight.detach()
+        return {
+            form: partial(run, self._input(form), weight.contiguous(memory_format=order))
+            for form, order in FORMATS.items()
+        }
+
+    def ours(self) -> dict[str, Runner]:
+        """The package's module."""
+        arguments = {"out_channels": self.count, "segments": self.case.segments}
+        return {form: partial(self.conv, self._input(form), **arguments) for form in FORMATS}
+
+    def reference(self) -> Tensor:
+        """The operator's reference."""
+        with ak.use_backend("reference"):
+            return self.ours()["contiguous"]()
+
+    def backend(self) -> str | None:
+        """The backend that runs the operator."""
+        arguments = {"out_channels": self.count, "segments": self.case.segments, "stride": self.stride}
+        padding = self.conv.padding
+        return ak.explain(ak.slim_conv3d, self.input, self.conv.weight, padding=padding, **arguments).backend
+
+
+class DenseSlow:
+    """The whole Slow-R50 as fast as eager PyTorch runs it: folded batch norm, ReLU in place."""
+
+    def __init__(self, model: A3DSlow, form: str) -> None:
+        self.form = form
+        self.stem = self._fold(model.slow.stem)
+        self.blocks = []
+        for stage in model.slow.stages():
+            for block in stage:
+                assert isinstance(block, SlimBottleneck)
+                convs = [self._fold(conv) for conv in (block.conv1, block.conv2, block.conv3)]
+                shortcut = None if block.downsample is None else self._fold(block.downsample)
+                self.blocks.append((convs, shortcut))
+        self.fc = model.fc
+
+    def _fold(self, conv: SlimConv3d) -> DenseConv:
+        norm = conv.norm
+        assert isinstance(norm, nn.BatchNorm3d)
+        with torch.no_grad():
+            weight, bias = fold_batch_norm(conv.weight, None, norm)
+        return DenseConv(self.form, weight, bias, conv.stride)
+
+    def __call__(self, clips: Tensor) -> Tensor:  # [B, 3, T, H, W]
+        features = clips.contiguous(memory_format=FORMATS[self.form.removesuffix("_2d")])
+        features = self.stem(features).relu_()
+        frames = F.max_pool2d(features.transpose(1, 2).flatten(0, 1), 3, stride=2, padding=1)
+        features = frames.unflatten(0, (clips.shape[0], -1)).transpose(1, 2)
+        for (conv1, conv2, conv3), shortcut in self.blocks:
+            branch = conv3(conv2(conv1(features).relu_()).relu_())
+            features = branch.add_(features if shortcut is None else shortcut(features)).relu_()
+        return F.linear(features.mean((2, 3, 4)), self.fc.weight, self.fc.bias)
+
+
+def render_slim(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Rows of the page's tables: each layer and each budget, with the times of the forms."""
+    rows: list[tuple[str, ...]] = []
+    for record in records:
+        if record["family"] not in ("slim", "slim_model"):
+            continue
+        ms = {group: record["times"][name]["p50"] * 1e3 for group, name in record["best"].items()}
+        rows.append(
+            (
+                record["case"],
+                f"{record['macs'] / 1e9:.3f}",
+                f"{ms['dense']:.3f}",
+                f"{ms['masked']:.3f}" if "masked" in ms else "",
+                f"{ms['ours']:.3f}",
+                f"{record['time_ratio']:.2f}x",
+            )
+        )
+    return rows
+
+
+SLIM_HEADER = ("case", "GF", "dense, ms", "sliced in every call, ms", "ours, ms", "ours ÷ dense")

@@ -1,0 +1,82 @@
+"""Dynamic 3D convolutions against dense and masked ones, and VA-RED² against the plain network."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+import adakernels as ak
+from benchmarks.dynamic import FORMATS, DynamicCase, DynamicLayer, FoldedR2Plus1d, VARed2Case, prepare
+from benchmarks.measure import contest, efficiency, medians
+
+# Calls take up to seconds.
+MIN_ROUNDS = 5
+NETWORK_WARM_UP = 2
+
+
+def test_dynamic_layer(benchmark: Any, dynamic_case: DynamicCase, quick: bool) -> None:
+    plain = DynamicLayer(dynamic_case)
+    forms = {name: plain.in_format(name) for name in FORMATS}
+    groups = {
+        "dense": {name: form.dense for name, form in forms.items()}
+        | {f"{name}, 2D": form.frame_by_frame for name, form in forms.items()},
+        "masked": {"contiguous": plain.masked},
+        "ours": {name: form.ours for name, form in forms.items()},
+    }
+    with torch.inference_mode():
+        expected = plain.reference()
+        record = contest(
+            benchmark,
+            groups,
+            expected,
+            {"ours": 1e-4, "masked": 1e-4},
+            quick=quick,
+            min_rounds=MIN_ROUNDS,
+        )
+    seconds = medians(record)
+    _report(benchmark, dynamic_case, record, dynamic_case.work(filters=True), plain.backend())
+    benchmark.extra_info.update(shape=asdict(dynamic_case), masked_ratio=seconds["ours"] / seconds["masked"])
+
+
+def test_vared2(benchmark: Any, vared2_case: VARed2Case, quick: bool) -> None:
+    """Ours, gates running, against the plain network."""
+    model, clips, work = prepare(vared2_case)
+    groups = {
+        "dense": {name: partial(FoldedR2Plus1d(model, order), clips) for name, order in FORMATS.items()},
+        "ours": {"contiguous": partial(model, clips)},
+    }
+    with torch.inference_mode():
+        with ak.use_backend("reference"):
+            expected = model(clips)
+        record = contest(
+            benchmark,
+            groups,
+            expected,
+            {"ours": 1e-3},
+            quick=quick,
+            warm_up=NETWORK_WARM_UP,
+            min_rounds=MIN_ROUNDS,
+        )
+    _report(benchmark, vared2_case, record, work, "cpu")
+    benchmark.extra_info.update(
+        clips=vared2_case.clips, target_work=vared2_case.work, published=vared2_case.published
+    )
+
+
+def _report(
+    benchmark: Any, case: DynamicCase | VARed2Case, record: dict[str, Any], work: float, backend: str | None
+) -> None:
+    seconds = medians(record)
+    benchmark.group = case.family
+    benchmark.extra_info.update(
+        family=case.family,
+        case=case.name,
+        backend=backend,
+        **record,
+        work_ratio=work,
+        time_ratio=seconds["ours"] / seconds["dense"],
+        eta=efficiency(seconds["dense"], seconds["ours"], work),
+    )
