@@ -112,6 +112,13 @@ def check_operands(op: str, input: Facts, weight: Facts, rank: int) -> None:
     )
 
 
+def can_run_cuda(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the CUDA kernels can run a convolution on such tensors."""
+    if not backends.can_run_cuda(op, input[2], input[1], raise_error=raise_error):
+        return False
+    return groups == 1 or backends.refuse(op, "cuda", f"it takes groups = 1, not {groups}", raise_error)
+
+
 def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
     """Whether the Triton kernels can run a convolution on such tensors."""
     if not backends.can_run_triton(op, input[2], input[1], raise_error=raise_error):

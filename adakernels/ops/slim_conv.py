@@ -20,6 +20,7 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_cuda,
     can_run_triton,
     check_operands,
     conv_arguments,
@@ -41,7 +42,8 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-run_on_gpu("slim_conv", "slim_conv_backward", kernels=("triton",))
+# The ninth argument of both is groups.
+run_on_gpu("slim_conv", "slim_conv_backward", cuda_takes=lambda *args: args[8] == 1)
 
 
 def slim_weight(
@@ -634,7 +636,7 @@ def can_run_cpu(op: str, input: Facts, conv: ConvArguments, *, raise_error: bool
 
 def _predicates(op: str, input: Facts, conv: ConvArguments) -> Mapping[str, backends.Predicate]:
     return {
-        "cuda": partial(backends.has_no_kernel, op, "cuda"),
+        "cuda": partial(can_run_cuda, op, input, conv.groups),
         "triton": partial(can_run_triton, op, input, conv.groups),
         "cpu": partial(can_run_cpu, op, input, conv),
     }

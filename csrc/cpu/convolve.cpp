@@ -69,11 +69,16 @@ void zero_planes(const Planes& planes, int64_t frame, int64_t channel, int64_t c
 
 // Zeroes those of a frame's channels [begin, end) that are in `zeros`.
 void zero_channel_range(const Planes& planes, const FrameChannels& zeros, int64_t frame, int64_t begin, int64_t end) {
-  while (begin < end) {
-    int64_t c = begin;
-    while (c < end && zeros.contains(frame, c)) ++c;
-    if (c > begin) zero_planes(planes, frame, begin, c - begin);
-    begin = c + 1;
+  constexpr int64_t kListed = 256;
+  int32_t list[kListed];
+  for (; begin < end; begin += kListed) {
+    const int64_t count = zeros.list(frame, begin, std::min(begin + kListed, end), list);
+    // Planes by themselves, all of one size: a branch could not predict how long runs of them are.
+    const bool single = planes.channel_stride != 1;
+    for (int64_t i = 0, run = 1; i < count; i += run, run = 1) {
+      while (!single && i + run < count && list[i + run] == list[i] + run) ++run;
+      zero_planes(planes, frame, list[i], run);
+    }
   }
 }
 

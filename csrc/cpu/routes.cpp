@@ -38,6 +38,17 @@ FrameRoutes computed_routes(PolicyValues policy, int64_t frame_count, int64_t ch
   return computed;
 }
 
+int64_t FrameChannels::list(int64_t frame, int64_t begin, int64_t end, int32_t* list) const {
+  const int64_t* values = policy_ + frame * channels_;
+  const bool first = frames_ > 0 && frame % frames_ == 0;
+  int64_t count = 0;
+  for (int64_t c = begin; c < end; ++c) {
+    list[count] = int32_t(c);
+    count += (values[c] == skip) | (first & (values[c] == reuse));
+  }
+  return count;
+}
+
 FrameChannels zero_channels(PolicyValues policy, int64_t channels, int64_t frames) {
   return {policy, channels, frames};
 }

@@ -43,10 +43,8 @@ FrameRoutes live_routes(PolicyValues policy, int64_t frame_count, int64_t channe
 class FrameChannels {
  public:
   bool empty() const { return policy_ == nullptr; }
-  bool contains(int64_t frame, int64_t channel) const {
-    const int64_t value = policy_[frame * channels_ + channel];
-    return value == skip || (value == reuse && frames_ > 0 && frame % frames_ == 0);
-  }
+  // Writes to `list` those of a frame's channels [begin, end) that belong to it, and returns how many. list: [end - begin]
+  int64_t list(int64_t frame, int64_t begin, int64_t end, int32_t* list) const;
 
  private:
   friend FrameChannels zero_channels(PolicyValues, int64_t, int64_t);

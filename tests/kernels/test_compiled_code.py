@@ -23,7 +23,8 @@ NVCC_TARGETS = ("80", "90a")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # Instructions that the code of a kernel must contain, by a pattern of "file: kernel" and by target.
 INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
-    "matmul_kernel": dict.fromkeys((80, 90), ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS")),
+    "warpgroup_matmul_kernel": {90: ("HGMMA.64x32x16.F32",)},
+    "[0-9]matmul_kernel": dict.fromkeys((80, 90), ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS")),
     r"weight_gradient_kernel.*(Half|BFloat16)": dict.fromkeys(
         (80, 90), ("HMMA.16816.F32", "LDSM.16", "LDGSTS")
     ),

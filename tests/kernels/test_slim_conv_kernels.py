@@ -12,7 +12,6 @@ from adakernels.ops import slim_conv_reference
 from adakernels.ops._conv_arguments import ACTIVATIONS
 from adakernels.ops._layout import dense
 
-pytestmark = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -57,8 +56,18 @@ CASES = {
 }
 
 
+# The CUDA kernels are for groups = 1.
+@pytest.mark.parametrize(
+    ("kernels", "case"),
+    [
+        pytest.param(name, case, id=f"{label}-{name}")
+        for label, case in CASES.items()
+        for name in ("cuda", "triton")
+        if name == "triton" or case.groups == 1
+    ],
+    indirect=["kernels"],
+)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_the_reference_with_its_gradients(kernels: Any, case: Case, last: bool) -> None:
     generator, dtype = torch.Generator().manual_seed(0), torch.float16 if last else torch.float32
     format = FORMATS[len(case.input)] if last else torch.contiguous_format

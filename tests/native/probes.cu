@@ -107,6 +107,46 @@ Tensor matmul(const Tensor& a, const Tensor& b, bool wait) {
   return to;
 }
 
+// [64, 16] times the transpose of [32, 16], or times [16, 32] by columns, by a warpgroup.
+template <typename T, bool kByColumns>
+__global__ void warpgroup_matmul_kernel(float* to,   // [64, 32]
+                                        const T* a,  // [64, 16]
+                                        const T* b,  // [32, 16] | [16, 32]
+                                        bool fence, bool wait) {
+  unsigned char* left = shared_memory();  // rows of 128 bytes, of which each has 32 or 64
+  unsigned char* right = left + 64 * 128;
+  const auto put = [](unsigned char* rows, const T* from, int width, int row, int chunk) {
+    store_vector(reinterpret_cast<T*>(rows + 128 * row + 16 * (chunk ^ (row % 8))),
+                 load_vector<8>(from + row * width + 8 * chunk));
+  };
+  const int thread = int(threadIdx.x);
+  put(left, a, 16, thread / 2, thread % 2);
+  if (thread < 64) kByColumns ? put(right, b, 32, thread / 4, thread % 4) : put(right, b, 16, thread / 2, thread % 2);
+  if (fence) fence_for_products();
+  __syncthreads();
+  float sums[4][4] = {};
+  begin_products();
+  multiply_add_warpgroup<T, kByColumns, 32>(sums, Matrix(left), Matrix(right, 8192));
+  commit_products();
+  if (wait) wait_for_products<0>();
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) to[32 * (row + i / 2 * 8) + 8 * j + 2 * (thread % 4) + i % 2] = sums[j][i];
+  wait_for_products<0>();
+}
+
+Tensor warpgroup_matmul(const Tensor& a, const Tensor& b, bool by_columns, bool fence, bool wait) {
+  Tensor to = torch::stable::new_empty(a, {64, 32}, ScalarType::Float);
+  const Stream stream(a);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    stream.launch(by_columns ? &warpgroup_matmul_kernel<T, true> : &warpgroup_matmul_kernel<T, false>, 1, 128,
+                  (64 + 32) * 128, mutable_data<float>(to), data<T>(a), data<T>(b), fence, wait);
+  };
+  a.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  return to;
+}
+
 Tensor probe(const Tensor& like, std::string name) {
   Tensor to = torch::stable::new_zeros(like, {2, kThreads});
   const Stream stream(like);
@@ -142,12 +182,14 @@ STABLE_TORCH_LIBRARY(adakernels_probes, m) {
   m.def("access(Tensor buffer, int index, bool write) -> Tensor");
   m.def("probe(Tensor like, str name) -> Tensor");
   m.def("matmul(Tensor a, Tensor b, bool wait) -> Tensor");
+  m.def("warpgroup_matmul(Tensor a, Tensor b, bool by_columns, bool fence, bool wait) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adakernels_probes, CPU, m) {
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("access", TORCH_BOX(&access));
   m.impl("matmul", TORCH_BOX(&matmul));
+  m.impl("warpgroup_matmul", TORCH_BOX(&warpgroup_matmul));
 }
 
 }  // namespace adakernels

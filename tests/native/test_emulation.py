@@ -39,6 +39,19 @@ def test_matrices(dtype: torch.dtype) -> None:
     assert torch.ops.adakernels_probes.matmul(a, b, False).isnan().all()
 
 
+@pytest.mark.usefixtures("probe")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_a_warpgroup(dtype: torch.dtype) -> None:
+    a, b = torch.randn(64, 16).to(dtype), torch.randn(32, 16).to(dtype)
+    for by_columns, right in ((False, b), (True, b.t().contiguous())):
+        got = torch.ops.adakernels_probes.warpgroup_matmul(a, right, by_columns, True, True)
+        torch.testing.assert_close(got, a.float() @ b.float().t(), rtol=1e-5, atol=1e-5)
+        # Nobody has waited for them.
+        assert (torch.ops.adakernels_probes.warpgroup_matmul(a, right, by_columns, True, False) == 0).all()
+        with pytest.raises(RuntimeError, match="a product may not see what was written to shared memory"):
+            torch.ops.adakernels_probes.warpgroup_matmul(a, right, by_columns, False, True)
+
+
 def test_a_missing_barrier_shows(probe: Probe) -> None:
     got, want = probe("race"), torch.arange(64.0).roll(-1)
     # One block runs its threads in ascending order, the other one in descending order.

@@ -435,8 +435,8 @@ def test_explain(rank: int) -> None:
     tensors = torch.randn(1, 8, *[5] * rank), torch.randn(16, 16, *[3] * rank)
     explanation = ak.explain(op, *tensors, out_channels=8)
     assert explanation.backend == "cpu"
-    assert explanation.reasons["triton"] == f"there is no Triton kernel for {op.__name__}"
-    assert explanation.reasons["cuda"] == f"there is no CUDA kernel for {op.__name__}"
+    assert explanation.reasons["triton"] == "the tensors are on 'cpu'"
+    assert explanation.reasons["cuda"] == "the tensors are on 'cpu'"
     assert ak.explain(op, *(x.double() for x in tensors)).backend == "reference"
     assert ak.explain(op, *(x.to("meta") for x in tensors)).backend == "reference"
     with pytest.raises(ValueError, match="expected out_channels of at most C_out = 16, got 17"):

@@ -68,7 +68,10 @@ struct Lanes {
   const float* source[kLanes];
   const float* weights[kLanes];
   float* target[kLanes];
-  float* copy[kLanes];  // a second target, or null
+  // Second targets, and the lanes that go to them.
+  float* copy[kLanes];
+  int copied[kLanes];
+  int64_t copy_count;
   alignas(64) float start[kLanes];
 };
 
@@ -118,10 +121,23 @@ inline void depthwise_group(const Convolution& conv, const Tile& tile, const Dep
     }
     for (int l = 0; l < kLanes; ++l) target[l] = lanes.target[l] + y * width;
     scatter_lanes(target, out, (end - y) * width);
-    for (int l = 0; l < kLanes; ++l)
-      if (lanes.copy[l] != nullptr)
-        std::memcpy(lanes.copy[l] + y * width, target[l], size_t((end - y) * width) * 4);
+    for (int64_t i = 0; i < lanes.copy_count; ++i)
+      std::memcpy(lanes.copy[i] + y * width, target[lanes.copied[i]], size_t((end - y) * width) * 4);
   }
+}
+
+// Rows that are told apart at once by whether the channel that they read is live, so that the dead ones are filled next
+// to the arithmetic of the others.
+constexpr int64_t kSortedRows = 32;
+
+// Marks the live channels of a unit. Returns whether these are the first `channels` ones, which needs no marks.
+inline bool mark_live(const Unit& unit, int64_t channels, uint8_t* marks) {
+  // In a sorted list of distinct channels the first ones are all there if the last of as many entries is.
+  if (unit.live_count >= channels && (channels == 0 || unit.live[channels - 1].channel == channels - 1)) return true;
+  std::memset(marks, 0, size_t(channels));
+  for (const Route* live = unit.live; live != unit.live + unit.live_count && live->channel < channels; ++live)
+    marks[live->channel] = 1;
+  return false;
 }
 
 // Tile rows count through all units of the task, which may be of several frames.
@@ -154,11 +170,17 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
   const int64_t weights_at = layout.add<float>(conv.weight_row * kLanes);
   const int64_t out_at = layout.add<float>(rows_stored * conv.grid_width * kLanes);
   const int64_t unused_at = layout.add<float>(target.height * target.width);
+  int64_t most_channels = 0;
+  for (const Unit* unit = units; unit != units + unit_count; ++unit)
+    if (unit->row_count > 0)
+      most_channels = std::max(most_channels, unit->rows[unit->row_count - 1].channel / conv.rows_per_live + 1);
+  const int64_t marks_at = layout.add<uint8_t>(most_channels);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   int32_t* offsets = reinterpret_cast<int32_t*>(memory + offsets_at);
   GridRow* rows = reinterpret_cast<GridRow*>(memory + rows_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   float* ring = reinterpret_cast<float*>(memory + ring_at);
+  uint8_t* marks = reinterpret_cast<uint8_t*>(memory + marks_at);
   std::memset(ring, 0, size_t(ring_size) * 4);
   geometry.offsets = offsets;
   geometry.rows = rows;
@@ -191,6 +213,7 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
   Lanes groups[2];  // one to compute, and one that is being put together
   int current = 0, lane_count = 0;
   bool waiting = false;
+  groups[0].copy_count = 0;
   float* unused = reinterpret_cast<float*>(memory + unused_at);
   const auto compute_waiting = [&](const Lanes* next) {
     if (waiting)
@@ -204,45 +227,57 @@ void convolve_depthwise(const Convolution& conv, const Unit* units, int64_t unit
       lanes.weights[l] = lanes.weights[0];
       lanes.start[l] = lanes.start[0];
       lanes.target[l] = unused;
-      lanes.copy[l] = nullptr;
     }
     compute_waiting(&lanes);
     waiting = true;
     current = 1 - current;
     lane_count = 0;
+    groups[current].copy_count = 0;
   };
-  const auto target_plane = [&](int64_t frame, int64_t channel) {
-    return static_cast<float*>(target.data) + frame * target.frame_stride + channel * target.channel_stride;
+  const auto target_plane = [&](const Unit& unit, const Route& row) {
+    return static_cast<float*>(target.data) + (unit.frame + !row.here) * target.frame_stride +
+           row.channel * target.channel_stride;
   };
+  const auto start_of = [&](const Route& row) { return conv.bias ? conv.bias[row.channel] : 0.f; };
   int64_t begin = tile.row_begin, end = tile.row_end;
-  for (const Unit* unit = units; unit != units + unit_count; ++unit) {
-    const Route* live = unit->live;
-    const Route* live_end = live + unit->live_count;
-    for (int64_t r = begin; r < std::min(end, unit->row_count); ++r) {
-      const Route& row = unit->rows[r];
-      const int64_t channel = row.channel / conv.rows_per_live;
-      if (r == begin)
-        live = std::lower_bound(live, live_end, channel, [](const Route& l, int64_t c) { return l.channel < c; });
-      while (live != live_end && live->channel < channel) ++live;
-      const float start = conv.bias ? conv.bias[row.channel] : 0.f;
-      float* plane = target_plane(unit->frame + (row.here ? 0 : 1), row.channel);
-      float* copy = row.here && row.next ? plane + target.frame_stride : nullptr;
-      if (live == live_end || live->channel != channel) {
-        float value[kLanes];
-        store<kLanes>(value, activate<kLanes>(conv.activation, Vector<kLanes>{} + start));
-        for (float* to : {plane, copy})
-          if (to != nullptr)
-            std::fill(to + tile.y_begin * target.width, to + tile.y_end * target.width, value[0]);
-        continue;
+  for (const Unit* unit = units; unit != units + unit_count && end > 0; ++unit) {
+    const auto channel_of = [&](const Route& row) { return row.channel / int32_t(conv.rows_per_live); };
+    const bool all_live = unit->row_count == 0 || mark_live(*unit, channel_of(unit->rows[unit->row_count - 1]) + 1, marks);
+    const float* frame = static_cast<const float*>(source.data) + unit->source_frame * source.frame_stride +
+                         geometry.first_row * source.width;
+    const int64_t rows_end = std::min(end, unit->row_count);
+    for (int64_t first = begin; first < rows_end; first += kSortedRows) {
+      const int64_t count = std::min(kSortedRows, rows_end - first);
+      const Route* rows = unit->rows + first;
+      // Which rows are live is hard to predict for a branch.
+      int64_t live[kSortedRows], dead[kSortedRows], live_count = 0, dead_count = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        const bool is_live = all_live || marks[channel_of(rows[r])];
+        live[live_count] = dead[dead_count] = r;
+        live_count += is_live;
+        dead_count += !is_live;
       }
-      Lanes& lanes = groups[current];
-      lanes.source[lane_count] = static_cast<const float*>(source.data) + unit->source_frame * source.frame_stride +
-                                 channel * source.channel_stride + geometry.first_row * source.width;
-      lanes.weights[lane_count] = conv.weight + row.channel * conv.weight_row;
-      lanes.start[lane_count] = start;
-      lanes.target[lane_count] = plane;
-      lanes.copy[lane_count] = copy;
-      if (++lane_count == kLanes) finish_group();
+      for (int64_t i = 0; i < dead_count; ++i) {
+        const Route& row = rows[dead[i]];
+        float value[kLanes];
+        store<kLanes>(value, activate<kLanes>(conv.activation, Vector<kLanes>{} + start_of(row)));
+        float* plane = target_plane(*unit, row);
+        for (float* to : {plane, row.here && row.next ? plane + target.frame_stride : plane})
+          std::fill(to + tile.y_begin * target.width, to + tile.y_end * target.width, value[0]);
+      }
+      for (int64_t i = 0; i < live_count; ++i) {
+        const Route& row = rows[live[i]];
+        Lanes& lanes = groups[current];
+        float* plane = target_plane(*unit, row);
+        lanes.source[lane_count] = frame + channel_of(row) * source.channel_stride;
+        lanes.weights[lane_count] = conv.weight + row.channel * conv.weight_row;
+        lanes.start[lane_count] = start_of(row);
+        lanes.target[lane_count] = plane;
+        lanes.copy[lanes.copy_count] = plane + target.frame_stride;
+        lanes.copied[lanes.copy_count] = lane_count;
+        lanes.copy_count += row.here & row.next;
+        if (++lane_count == kLanes) finish_group();
+      }
     }
     begin = std::max<int64_t>(0, begin - unit->row_count);
     end -= unit->row_count;
