@@ -3,15 +3,13 @@
 
 #include <cuda_runtime.h>
 
-#include <cmath>
-
 namespace adakernels {
 
 // NaN stays NaN.
-__device__ inline float activated(float value, int activation) {
+__device__ __forceinline__ float activated(float value, int activation) {
   if (activation == 1) return value < 0.f ? 0.f : value;
   if (activation == 2) return value < 0.f ? 0.f : value > 6.f ? 6.f : value;
-  if (activation == 3) return value / (1.f + std::exp(-value));
+  if (activation == 3) return value / (1.f + expf(-value));
   return value;
 }
 

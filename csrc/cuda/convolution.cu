@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cuda/activation.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
@@ -459,13 +460,6 @@ __device__ __forceinline__ void accumulate(Sums<Tile>& sums, unsigned char* stag
   __syncthreads();
 }
 
-// By the index of the activation: none, relu, relu6, silu. NaN stays NaN.
-__device__ __forceinline__ float activate(float value, int32_t activation) {
-  if (activation == 3) return value / (1.f + expf(-value));
-  if (activation != 0 && value < 0.f) return 0.f;
-  return activation == 2 && value > 6.f ? 6.f : value;
-}
-
 // What is written of a column: a frame's own plane, with the results or with zeros, and the next frame's.
 enum Action : int32_t { kOwn = 1, kResult = 2, kNext = 4 };
 
@@ -509,7 +503,7 @@ __device__ void put_results(float* results, const Sums<Tile>& sums, const Task<T
       Vector<float, 2> pair;
 #pragma unroll
       for (int which = 0; which < 2; ++which)
-        pair.values[which] = activate(sums[i / 2][j][i % 2 * 2 + which] + bias[which], task.activation);
+        pair.values[which] = activated(sums[i / 2][j][i % 2 * 2 + which] + bias[which], task.activation);
       store_vector(results + (first_row<Tile>(i / 2) + lane / 4 + i % 2 * 8) * Tile::kResultStep + column, pair);
     }
   }
