@@ -88,7 +88,7 @@ Scratch::~Scratch() {
 void* Scratch::reserve(int64_t bytes, int arena) {
   if (bytes > capacity_[arena]) {
     std::free(data_[arena]);
-    capacity_[arena] = ceil_div(bytes + bytes / 4, 64) * 64;
+    capacity_[arena] = ceil_div(bytes, 64) * 64;
     data_[arena] = std::aligned_alloc(64, size_t(capacity_[arena]));
     if (data_[arena] == nullptr) {
       capacity_[arena] = 0;

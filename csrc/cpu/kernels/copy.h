@@ -146,8 +146,8 @@ class RowsAhead {
 
 // Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...
 // Nothing is written `plane` elements past the beginning of either, because the other may lie there.
-inline void copy_pair(float* even, float* odd, int64_t plane, int64_t pitch, const Planes& planes, int64_t frame, const Route& route,
-                      const Window& left, const Window& right) {
+inline void copy_pair(float* even, float* odd, int64_t plane, int64_t pitch, const Planes& planes, int64_t frame,
+                      const Route& route, const Window& left, const Window& right) {
   const float* data = static_cast<const float*>(planes.data);
   const float* limit = data + planes.extent;
   const float* source = data + plane_offset(planes, frame, route);
@@ -186,8 +186,8 @@ inline void copy_phases(float* to, int64_t plane, int64_t pitch, const Planes& p
     if (pairs && window.step_x == 2 && std::abs(apart) == 1) {
       float* const next = to + plane;
       const bool ascending = apart == 1;
-      copy_pair(ascending ? to : next, ascending ? next : to, plane, pitch, planes, frame, route, windows[p + !ascending],
-                windows[p + ascending]);
+      copy_pair(ascending ? to : next, ascending ? next : to, plane, pitch, planes, frame, route,
+                windows[p + !ascending], windows[p + ascending]);
       ++p;
       to = next;
     } else {

@@ -176,7 +176,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   const int64_t whole = point_count - tail, pitch = (whole + kLanes - 1) / kLanes * kLanes, masked = pitch + tail;
   const int64_t fitting = kSourceBytes / 4 / (tap_count * pitch);
   const int64_t chunk = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, unit.live_count));
-  const int64_t row_end = std::min(tile.row_end, unit.row_count), row_room = pitch + kTilePixels;
+  const int64_t row_end = std::min(tile.row_end, unit.row_count);
   const int64_t margin = (grid_width + 1) * (conv.shift_y + 1), plane = point_count + kTilePixels;
   Layout layout;
   const int64_t windows_at = layout.add<Window>(phase_count);
@@ -187,7 +187,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
   const int64_t copy_at = layout.add<float>(phase_count * plane + 2 * margin);
   const int64_t points_at = layout.add<float>(chunk * tap_count * pitch + kTilePixels);
   const int64_t tails_at = layout.add<float>(tail * live_span(conv, unit.live, unit.live_count) * tap_count);
-  const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * row_room);
+  const int64_t out_at = layout.add<float>((row_end - tile.row_begin) * masked);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Window* windows = reinterpret_cast<Window*>(memory + windows_at);
   int64_t* offsets = reinterpret_cast<int64_t*>(memory + offsets_at);
@@ -255,14 +255,14 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
       const RowGroup group(conv, unit, first, count);
       const float* start = begin == 0 ? group.start : nullptr;
-      float* to = out + (first - tile.row_begin) * row_room;
-      multiply<0, false>({group.rows, steps, step_count, points, start}, count, whole, to, row_room,
+      float* to = out + (first - tile.row_begin) * masked;
+      multiply<0, false>({group.rows, steps, step_count, points, start}, count, whole, to, masked,
                              [](int64_t, int64_t) {});
-      if (tail > 0) dot({group.rows, steps, span, tails, start}, count, tail, to + whole, row_room);
+      if (tail > 0) dot({group.rows, steps, span, tails, start}, count, tail, to + whole, masked);
     });
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
-  for (int64_t r = tile.row_begin; r < row_end; ++r, out += row_room) {
+  for (int64_t r = tile.row_begin; r < row_end; ++r, out += masked) {
     if (conv.accumulates) add_target(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
     activate(conv.activation, out, point_count);
     store_route(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);

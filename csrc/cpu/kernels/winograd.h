@@ -271,7 +271,7 @@ inline void transform_back(const float* products, int64_t stride, int64_t block_
 struct Blocks {
   int64_t rows, columns, count;
   int64_t tail;  // the last blocks, if so few of them are left past whole vectors that their sums are dot products
-  int64_t room;  // of one point of one row, with what register tiles write past the last block
+  int64_t room;  // of one point of one row, in whole vectors as register tiles write it
   // One point of all blocks: [live channel][block], what is read past it, and [tail block][channel] for all channels
   // from the first live one to the last, zero for dead ones, as the weights lie that they meet.
   int64_t slice(const Convolution& conv, const Unit& unit) const {
@@ -284,7 +284,7 @@ struct Blocks {
         columns(tile.x_end),
         count(rows * columns),
         tail(count % kLanes <= kMostDots ? count % kLanes : 0),
-        room(count <= kVectors * kLanes ? (count + kLanes - 1) / kLanes * kLanes : count + kTilePixels) {}
+        room((count + kLanes - 1) / kLanes * kLanes) {}
 };
 
 int64_t winograd_points_size(const Convolution& conv, const Unit& unit, const Tile& tile) {
