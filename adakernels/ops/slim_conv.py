@@ -158,7 +158,10 @@ def _cpu_form(
 
 def _has_onednn(dtype: torch.dtype) -> bool:
     backend = torch.backends.mkldnn
-    if not (backend.is_available() and backend.enabled):
+    # Torch for other processors may be built without these operators.
+    if not (
+        backend.is_available() and backend.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    ):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -255,7 +258,7 @@ class CpuConv:
             input = input.as_strided(*self.folded)
         if self.form.kernel == "onednn":
             name, scalars = _ONEDNN_ACTIVATIONS[self.activation]
-            output = _onednn_convolution(
+            output = torch.ops.mkldnn._convolution_pointwise.default(
                 input, weight, bias, padding, stride, dilation, groups, name, scalars, ""
             )
         elif self.form.kernel == "native":
@@ -282,7 +285,6 @@ class CpuConv:
         return output if self.unfolded is None else output.as_strided(*self.unfolded)
 
 
-_onednn_convolution = torch.ops.mkldnn._convolution_pointwise.default
 # In the order of `ACTIVATIONS`.
 _ONEDNN_ACTIVATIONS: tuple[tuple[str, list[float]], ...] = (
     ("none", []),
