@@ -5,10 +5,6 @@
 #include <numeric>
 #include <string>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -51,34 +47,12 @@ void add_units(std::vector<Unit>& units, const Problem& problem, const WeightStr
 
 constexpr int64_t kZeroedPerTask = 64 * 1024;  // elements
 
-// A target of more bytes is not going to be found in a cache, so its zeros go straight to memory.
-constexpr int64_t kStreamedBytes = 16 << 20;
-
-// Zeroes whole lines past the caches, which spares memory reading them first. Returns where it stopped.
-char* stream_zeros(char* to, char* end) {
-#if defined(__SSE2__)
-  constexpr int64_t line = 64;
-  const int64_t head = -reinterpret_cast<intptr_t>(to) & (line - 1);
-  if (end - to < head + 16 * line) return to;
-  std::memset(to, 0, size_t(head));
-  for (to += head; end - to >= line; to += line)
-    for (int64_t i = 0; i < line; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
-  _mm_sfence();
-#endif
-  return to;
-}
-
 // Zeroes neighbouring channels of a frame, in runs as long as the format allows.
 void zero_planes(const Planes& planes, int64_t frame, int64_t channel, int64_t count) {
   const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
   char* const data = static_cast<char*>(planes.data) +
                      (frame * planes.frame_stride + channel * planes.channel_stride) * size;
-  const bool streams = planes.extent * size > kStreamedBytes;
-  const auto zero = [&](int64_t offset, int64_t run) {
-    char *to = data + offset * size, *const end = to + run * size;
-    if (streams) to = stream_zeros(to, end);
-    std::memset(to, 0, size_t(end - to));
-  };
+  const auto zero = [&](int64_t offset, int64_t run) { std::memset(data + offset * size, 0, size_t(run * size)); };
   const bool rows = planes.column_stride == 1, whole = rows && planes.row_stride == planes.width;
   if (whole && planes.channel_stride == planes.height * planes.width) {
     zero(0, count * planes.channel_stride);
