@@ -406,7 +406,7 @@ def test_sliced_rows() -> None:
     ]
     assert [row.verdict for row in report.summarise(records)] == ["hit", "miss"]
     assert report.summarise(records)[1].cells()[2] == "+0.10 of dense"
-    page = report.render_sliced(results_with(records))
+    page = report.render_3d(results_with(records), report.SLICED)
     assert f"| {sliced.MODELS[0].name} | 0.60 | 2.00" in page
 
 
