@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ gpu_operators: dict[str, Sequence[str]] = {}
 _multiplies_exactly = True
 
 _flop_formulas: dict[Any, Callable[..., int]] = {}
+_functions: dict[Any, type[torch.autograd.Function]] = {}
 
 
 def run_on_gpu(
@@ -88,15 +90,32 @@ def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
     return keep
 
 
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+) -> None:
+    """Give an operator its gradient: for the dispatcher, as `torch.library` does, and for `call`."""
+    torch.library.register_autograd(f"adakernels::{name}", backward, setup_context=setup_context, lib=library)
+    op = getattr(torch.ops.adakernels, name).default
+    methods = {
+        "forward": staticmethod(partial(_below_autograd, op)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    _functions[op] = type(name, (torch.autograd.Function,), methods)
+
+
 def call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
-    """Call an operator, past its Python autograd where no gradient is wanted."""
+    """Call an operator. The dispatcher's way to a gradient in Python costs more than a small kernel does."""
     if torch.compiler.is_compiling():
         return op(*args)
     if _flop_formulas:
         _hand_over_flop_formulas()
     if torch.is_grad_enabled():
-        return op(*args)
-    # Entering the Python autograd only to find that there is nothing to do costs 8 µs.
+        return _functions[op].apply(*args) if op in _functions else op(*args)
+    return _below_autograd(op, *args)
+
+
+def _below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 

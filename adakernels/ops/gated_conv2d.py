@@ -24,7 +24,7 @@ from adakernels.ops._conv_arguments import (
     empty_output,
 )
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library, run_on_gpu
+from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
@@ -132,9 +132,7 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("gated_conv2d: no second derivative; adakernels.use_backend('reference') has it")
 
 
-torch.library.register_autograd(
-    "adakernels::gated_conv2d", _backward, setup_context=_setup_context, lib=library
-)
+register_gradient("gated_conv2d", _backward, _setup_context)
 torch.library.register_autograd("adakernels::gated_conv2d_backward", _refuse_double_backward, lib=library)
 
 

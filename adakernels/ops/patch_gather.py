@@ -13,7 +13,7 @@ from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts, optional_facts
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library, run_on_gpu
+from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library.define(
@@ -143,9 +143,7 @@ def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError("patch_gather: no second derivative; adakernels.use_backend('reference') has it")
 
 
-torch.library.register_autograd(
-    "adakernels::patch_gather", _backward, setup_context=_setup_context, lib=library
-)
+register_gradient("patch_gather", _backward, _setup_context)
 for _name in ("patch_gather_grad_origin", "patch_gather_grad_input"):
     torch.library.register_autograd(f"adakernels::{_name}", _refuse_double_backward, lib=library)
 

@@ -27,7 +27,7 @@ from adakernels.ops._conv_arguments import (
     empty_output,
 )
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library, run_on_gpu
+from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 
 library.define(
     "sliced_conv3d(Tensor input, Tensor weight, Tensor? bias, Tensor? temporal, Tensor? frame_offsets, "
@@ -159,9 +159,7 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("sliced_conv3d: no second derivative; adakernels.use_backend('reference') has it")
 
 
-torch.library.register_autograd(
-    "adakernels::sliced_conv3d", _backward, setup_context=_setup_context, lib=library
-)
+register_gradient("sliced_conv3d", _backward, _setup_context)
 torch.library.register_autograd("adakernels::sliced_conv3d_backward", _refuse_double_backward, lib=library)
 
 

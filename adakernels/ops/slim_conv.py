@@ -27,7 +27,7 @@ from adakernels.ops._conv_arguments import (
     empty_output,
 )
 from adakernels.ops._layout import CHANNELS_LAST, dense, empty_in_format, memory_format
-from adakernels.ops._library import call, flop_formula, library, run_on_gpu
+from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
 
@@ -483,7 +483,7 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("slim_conv: no second derivative; adakernels.use_backend('reference') has it")
 
 
-torch.library.register_autograd("adakernels::slim_conv", _backward, setup_context=_setup_context, lib=library)
+register_gradient("slim_conv", _backward, _setup_context)
 torch.library.register_autograd("adakernels::slim_conv_backward", _refuse_double_backward, lib=library)
 
 

@@ -13,7 +13,7 @@ from adakernels import backends
 from adakernels.ops import _checks
 from adakernels.ops._checks import Facts, facts
 from adakernels.ops._layout import dense, empty_in_format
-from adakernels.ops._library import call, flop_formula, library, run_on_gpu
+from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, previous_frame
 
 library.define(
@@ -78,9 +78,7 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("temporal_fuse: no second derivative; adakernels.use_backend('reference') has it")
 
 
-torch.library.register_autograd(
-    "adakernels::temporal_fuse", _backward, setup_context=_setup_context, lib=library
-)
+register_gradient("temporal_fuse", _backward, _setup_context)
 torch.library.register_autograd("adakernels::temporal_fuse_backward", _refuse_double_backward, lib=library)
 
 
