@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import adakernels as ak
 from adakernels.models import A3DSlow
-from adakernels.models.a3d import SlimBottleneck, make_divisible
+from adakernels.models._layers import make_divisible
+from adakernels.models.a3d import SlimBottleneck
 from adakernels.nn import SlimConv3d
 from adakernels.nn.folding import fold_batch_norm
 

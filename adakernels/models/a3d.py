@@ -8,15 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adakernels.models._layers import initialise, make_divisible
 from adakernels.models.video_resnet import EXPANSION, STAGE_BLOCKS, STAGE_CHANNELS
 from adakernels.nn import SlimConv3d, SlimLinear
 from adakernels.ops.slim_conv import Segments
-
-
-def make_divisible(channels: float, divisor: int = 8) -> int:
-    """The multiple of `divisor` nearest to `channels`, but at least one and no less than 0.9 `channels`."""
-    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 class SlimBottleneck(nn.Module):
@@ -342,13 +337,6 @@ class A3DSlowFast(A3DNetwork):
         count = self.slow.active_parameters() + self.fast.active_parameters()
         count += sum(parameter.numel() for parameter in self.laterals.parameters())
         return count + _head_parameters(self.fc, _features(self.slow) + _features(self.fast))
-
-
-def initialise(model: nn.Module) -> None:
-    """Gives convolutions the weights that residual networks start from."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _conv(

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, cast, overload
 
 from torch import Tensor, nn
 
+from adakernels.models._layers import initialise, make_divisible
 from adakernels.models.checkpoints import load_backbone
 from adakernels.nn import DynamicConv3d, dynamic_conv_norm_act
 from adakernels.policies import SoftModulationGate
@@ -262,7 +263,7 @@ class VARed2R2Plus1d(DynamicNetwork):
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             in_channels = channels
         self.fc = nn.Linear(512, num_classes)
-        _initialise(self)
+        initialise(self)
 
     def logits(self, input: Tensor, gates_of: GatesOf) -> Tensor:  # [B, 3, T, H, W]
         features = input
@@ -279,7 +280,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = _multiple_of_8(channels / 16)
+        hidden = make_divisible(channels / 16)
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
@@ -369,7 +370,7 @@ class VARed2X3d(DynamicNetwork):
         self.bn5 = nn.BatchNorm3d(432)
         self.fc1 = nn.Linear(432, 2048, bias=False)
         self.fc = nn.Linear(2048, num_classes)
-        _initialise(self)
+        initialise(self)
 
     def logits(self, input: Tensor, gates_of: GatesOf) -> Tensor:  # [B, 3, T, H, W]
         features = dynamic_conv_norm_act(_conv(self.stem[0]), None, None, input)
@@ -423,18 +424,6 @@ def _shortcut(
 def _middle(in_channels: int, channels: int, size: int = 3) -> int:
     """Channels between convolutions 1 x k x k and 3 x 1 x 1 that make both as large as one of 3 x k x k."""
     return 3 * size**2 * in_channels * channels // (size**2 * in_channels + 3 * channels)
-
-
-def _multiple_of_8(width: float) -> int:
-    """The nearest multiple of 8 that is not less than 8, nor below nine tenths of the width."""
-    nearest = max(8, int(width + 4) // 8 * 8)
-    return nearest + 8 if nearest < 0.9 * width else nearest
-
-
-def _initialise(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def vared2_r2plus1d_18(

@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from adakernels.models._layers import initialise
 from adakernels.nn import PackedClips, SlicedConv3d, sliced_conv_norm_act
 
 STAGE_CHANNELS = (64, 128, 256, 512)
@@ -82,9 +83,7 @@ class VideoResNet(nn.Module):
                 in_channels = EXPANSION * channels
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.fc = nn.Linear(in_channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def stem(
         self,

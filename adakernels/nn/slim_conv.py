@@ -23,6 +23,7 @@ from adakernels.nn.folding import (
 )
 from adakernels.nn.gated_conv2d import ACTIVATIONS
 from adakernels.ops import slim_conv2d, slim_conv3d
+from adakernels.ops._checks import facts
 from adakernels.ops._layout import dense
 from adakernels.ops.slim_conv import Segments, cpu_call, prepare, record_work, slim_weight
 
@@ -69,6 +70,8 @@ class _SlimConv(_ConvNd):
         """Convolution, normalisation and activation at a width.
 
         Args:
+            input: with the channels of `segments`; with all of them and no other argument, what the class of
+                torch takes, which may be without N or B.
             out_channels: how many output channels to compute, counted from the first; None for all.
             segments: (start, stop) ranges of the weight's input channels that the input's are; None for one
                 range from 0.
@@ -77,6 +80,9 @@ class _SlimConv(_ConvNd):
             ValueError, TypeError: as `slim_conv2d` and `slim_conv3d`; and for a norm that is no batch
                 normalisation, unless all channels are computed.
         """
+        facts(self.operator.__name__, "input", input)
+        if out_channels is None and segments is None and self._is_plain(input):
+            return self._plain_forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -106,6 +112,32 @@ class _SlimConv(_ConvNd):
         assert norm is not None
         return ACTIVATIONS[self.activation](_slim_norm(norm, output, self.out_channels))
 
+    def _is_plain(
+        self,
+        input: Tensor,  # [(N,) C, H, W] or [(B,) C, T, H, W]
+    ) -> bool:
+        """Whether to leave a call with all channels to torch: its convolutions have derivatives of any order,
+        and take what is no batch."""
+        rank = len(self.kernel_size)
+        if input.dim() not in (rank + 1, rank + 2) or input.shape[-1 - rank] != self.in_channels:
+            return False
+        return input.dim() == rank + 1 or torch.is_grad_enabled()
+
+    def _plain_forward(
+        self,
+        input: Tensor,  # [(N,) C_in, H, W] or [(B,) C_in, T, H, W]
+    ) -> Tensor:  # [(N,) C_out, H', W'] or [(B,) C_out, T', H', W']
+        norm, weight, bias = self.norm, self.weight, self.bias
+        fixed = norm is not None and is_foldable(norm)
+        if fixed:
+            weight, bias = folded_batch_norm(weight, bias, cast(_BatchNorm, norm), self._folded)
+        output = self._conv_forward(input, weight, bias)
+        if flops.counting:
+            flops.record_dense(f"conv{len(self.kernel_size)}d", output, math.prod(weight.shape[1:]))
+        if norm is not None and not fixed:
+            output = norm(output)
+        return ACTIVATIONS[self.activation](output)
+
     def _prepared_forward(
         self,
         input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
@@ -132,14 +164,18 @@ class _SlimConv(_ConvNd):
         if prepared is None:
             return None
         key = run.form, slim.out_channels, slim.segments
-        if key not in prepared:
-            while len(prepared) >= PREPARED:
-                del prepared[next(iter(prepared))]
-            with torch.inference_mode(False):
+        # Other threads may add widths and drop this one meanwhile.
+        tensors = prepared.get(key)
+        if tensors is None:
+            with torch.inference_mode(False), torch.no_grad():
                 folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
-                prepared[key] = prepare(run.form, *folded, slim, input.shape)
+                tensors = prepare(run.form, *folded, slim, input.shape)
+            widths = list(prepared)
+            for width in widths[: max(0, len(widths) + 1 - PREPARED)]:
+                prepared.pop(width, None)
+            prepared[key] = tensors
         record_work(op, slim, input, weight)
-        return run(input, *prepared[key])
+        return run(input, *tensors)
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops weights folded and prepared so far."""

@@ -530,7 +530,7 @@ class SlimArguments(NamedTuple):
         conv: of the convolution with the selected part of the weight.
         out_channels: how many of the output channels there are, from the first.
         segments: the input channels, (start, stop) pairs as one flat tuple, neighbours merged.
-        groups: of the whole weight.
+        groups: of the whole weight; 1 also where one of its groups is used, which is no other convolution.
     """
 
     conv: ConvArguments
@@ -591,7 +591,7 @@ def _check(
         ranges = (0, group_in)
     selected = torch.Size((count, group_in if groups > 1 else channels, *weight[0][2:])), *weight[1:]
     conv = conv_arguments(op, input, selected, None, stride, padding, dilation, used_groups, activation, rank)
-    return SlimArguments(conv, count, ranges, groups)
+    return SlimArguments(conv, count, ranges, groups if used_groups > 1 else 1)
 
 
 def _ranges(op: str, segments: Any, channels: int, limit: int) -> tuple[int, ...]:
@@ -636,12 +636,16 @@ def can_run_cpu(op: str, input: Facts, conv: ConvArguments, *, raise_error: bool
     return conv.groups in (1, input[0][1]) or backends.refuse(op, "cpu", reason, raise_error)
 
 
-def _predicates(op: str, input: Facts, conv: ConvArguments) -> Mapping[str, backends.Predicate]:
-    return {
+def _predicates(
+    op: str, input: Facts, weight: Facts, arguments: SlimArguments
+) -> Mapping[str, backends.Predicate]:
+    conv = arguments.conv
+    predicates = {
         "cuda": partial(can_run_cuda, op, input, conv.groups),
         "triton": partial(can_run_triton, op, input, conv.groups),
         "cpu": partial(can_run_cpu, op, input, conv),
     }
+    return backends.in_order("slim_conv", predicates, input, weight[0], arguments.groups)
 
 
 class Plan(NamedTuple):
@@ -652,10 +656,10 @@ class Plan(NamedTuple):
 
 
 @_checks.cached
-def _plan(requested: str, op: str, input: Facts, *arguments: Any) -> Plan:
+def _plan(requested: str, op: str, input: Facts, weight: Facts, *arguments: Any) -> Plan:
     """Validate a call and choose its backend."""
-    checked = _check(op, input, *arguments)
-    return Plan(backends.choose(requested, _predicates(op, input, checked.conv)), checked)
+    checked = _check(op, input, weight, *arguments)
+    return Plan(backends.choose(requested, _predicates(op, input, weight, checked)), checked)
 
 
 def plan(
@@ -867,7 +871,7 @@ def _explain(
 ) -> Mapping[str, backends.Predicate]:
     tensors = facts(op, "input", input), facts(op, "weight", weight), optional_facts(op, "bias", bias)
     checked = _check(op, *tensors, out_channels, segments, stride, padding, dilation, groups, activation)
-    return _predicates(op, tensors[0], checked.conv)
+    return _predicates(op, *tensors[:2], checked)
 
 
 for _op in (slim_conv2d, slim_conv3d):

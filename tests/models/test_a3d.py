@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import adakernels as ak
 from adakernels.models import A3DSlow, A3DSlowFast, a3d_slow_resnet50, a3d_slowfast_resnet50
-from adakernels.models.a3d import Lateral, SlimBottleneck, make_divisible, subsampled
+from adakernels.models._layers import make_divisible
+from adakernels.models.a3d import Lateral, SlimBottleneck, subsampled
 from adakernels.nn import SlimConv3d
 
 # Size, frames, width, GFLOPs and million parameters, as published.

@@ -80,6 +80,48 @@ def test_is_the_convolution_of_torch_when_called_with_its_input_alone(kwargs: di
         torch.testing.assert_close(slim(input), conv(input))
 
 
+@pytest.mark.parametrize("kind", [(SlimConv2d, nn.Conv2d), (SlimConv3d, nn.Conv3d)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_takes_what_is_no_batch_when_called_with_its_input_alone(
+    kind: tuple[type[nn.Module], type[nn.Module]], grad: bool
+) -> None:
+    slim, conv = kind[0](4, 8, 3, padding=1), kind[1](4, 8, 3, padding=1)
+    slim.load_state_dict(conv.state_dict())
+    rank = conv.weight.dim() - 2
+    input = torch.randn(4, *(6, 5, 3)[:rank])
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(slim(input), conv(input))
+        # Half of the channels, which torch does not take, and no image at all.
+        for wrong in (input[:2], input[0, 0], input[None, None]):
+            with pytest.raises(ValueError, match=f"slim_conv{rank}d: expected input of rank {rank + 2}"):
+                slim(wrong)
+        for wrong in (None, [1.0]):
+            with pytest.raises(TypeError, match="expected input to be a Tensor, got"):
+                slim(wrong)
+    normed = kind[0](4, 8, 3, padding=1, norm=(nn.BatchNorm2d, nn.BatchNorm3d)[rank - 2], activation="relu")
+    normed.load_state_dict(conv.state_dict(), strict=False)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(normed.train()(input[None]), F.relu(normed.norm(conv(input[None]))))
+        want = F.relu(normed.eval().norm(conv(input[None])))[0]
+        torch.testing.assert_close(normed(input), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_second_derivatives_when_called_with_its_input_alone(training: bool) -> None:
+    conv = make(activation="silu").train(training)
+    plain = nn.Conv3d(24, 16, (1, 3, 3), padding=(0, 1, 1))
+    plain.load_state_dict(conv.state_dict(), strict=False)
+
+    def second(run: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+        torch.manual_seed(2)
+        input = torch.randn(2, 24, 2, 3, 3, requires_grad=True)
+        (grad,) = torch.autograd.grad(run(input).square().sum(), input, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), weight)[0]
+
+    want = second(lambda input: F.silu(conv.norm(plain(input))), plain.weight)
+    torch.testing.assert_close(second(conv, conv.weight), want, rtol=1e-3, atol=1e-3 * want.abs().max())
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("norm", [None, batch_norm])
 def test_evaluation(activation: str | None, norm: Callable[..., nn.Module] | None, clips: Tensor) -> None:
@@ -171,6 +213,34 @@ def test_a_width_is_prepared_once(clips: Tensor, monkeypatch: pytest.MonkeyPatch
             run(conv, clips)
         conv(clips, out_channels=16, segments=SEGMENTS)
     assert prepared == [WIDTH, 16, 4, WIDTH, 16]
+
+
+@pytest.mark.parametrize("norm", [None, batch_norm])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_was_prepared_keeps_no_graph(mode: Callable[[], Any], norm: Any, clips: Tensor) -> None:
+    conv = make(norm).eval()
+    with mode():
+        run(conv, clips)
+    assert conv._prepared._entry is not None
+    for tensors in conv._prepared._entry[2].values():
+        assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_other_threads_may_drop_a_width_in_use(clips: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = make().eval()
+    module = __import__("adakernels.nn.slim_conv", fromlist=["record_work"])
+    record_work = module.record_work
+
+    def meanwhile(*args: Any) -> None:
+        monkeypatch.setattr(module, "record_work", record_work)
+        for width in (4, 16):
+            conv(clips, out_channels=width, segments=SEGMENTS)
+
+    with torch.no_grad():
+        for _ in range(2):
+            monkeypatch.setattr(module, "record_work", meanwhile)
+            check(conv, clips)
+            assert len(conv._prepared._entry[2]) == module.PREPARED
 
 
 def test_copies_and_pickles(clips: Tensor) -> None:

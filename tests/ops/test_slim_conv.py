@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import adakernels as ak
+from adakernels import _extension, backends
 from adakernels.ops import slim_conv, slim_conv_reference
 
 OPERATORS = {2: ak.slim_conv2d, 3: ak.slim_conv3d}
@@ -441,6 +442,42 @@ def test_explain(rank: int) -> None:
     assert ak.explain(op, *(x.to("meta") for x in tensors)).backend == "reference"
     with pytest.raises(ValueError, match="expected out_channels of at most C_out = 16, got 17"):
         ak.explain(op, *tensors, out_channels=17)
+
+
+def test_explain_knows_measurements_and_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"slim_conv": {"32 bits, 3x3, small map": "triton"}}
+    monkeypatch.setattr(backends, "_fastest", lambda device: (classes, "Test"))
+    monkeypatch.setattr(backends, "_why_not_this_gpu", lambda index: "")
+    monkeypatch.setattr(_extension, "has_cuda", True)
+    with ak.use_backend("auto"), FakeTensorMode():
+        input, whole = (torch.empty(8, 8, 5, 5, device="cuda"), torch.empty(16, 16, 3, 3, device="cuda"))
+        found = ak.explain(ak.slim_conv2d, input, whole, out_channels=8)
+        assert found.backend == "triton"
+        assert found.reasons["cuda"] == "'triton' was measured to be faster on Test"
+        depthwise = torch.empty(16, 1, 3, 3, device="cuda")
+        found = ak.explain(ak.slim_conv2d, input, depthwise, out_channels=8, groups=16)
+        assert found.reasons["cuda"] == "it takes groups = 1, not 8"
+        assert found.reasons["reference"] == "'triton' comes first"
+
+
+def test_one_of_several_groups_is_a_convolution_without_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, run = [], slim_conv.call
+    monkeypatch.setattr(slim_conv, "call", lambda *args: calls.append(args) or run(*args))
+    input, weight, bias = (
+        torch.randn(size).requires_grad_() for size in ((2, 8, 5, 5), (12, 8, 3, 3), (12,))
+    )
+    got = ak.slim_conv2d(input, weight, bias, out_channels=6, groups=2)
+    want = F.conv2d(input, weight[:6], bias[:6])
+    torch.testing.assert_close(got, want)
+    tensors = (input, weight, bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    # So that kernels which take no groups, or depthwise convolutions only, do it as it is.
+    op = torch.ops.adakernels.slim_conv.default
+    names = [argument.name for argument in op._schema.arguments]
+    assert [(args[0], args[1 + names.index("groups")]) for args in calls] == [(op, 1)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
