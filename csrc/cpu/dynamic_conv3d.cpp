@@ -1,6 +1,8 @@
 // dynamic_conv3d for the CPU: the convolution core computes some frames and channels of each clip, in the place where
 // the output has them, and the reconstruction makes the others from these.
 #include <algorithm>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -43,9 +45,13 @@ std::vector<Levels> levels_of(const std::optional<Tensor>& gate, int64_t clips, 
   for (int64_t b = 0; b < clips; ++b)
     for (int64_t s = 0; s < gate->size(1); ++s) {
       const float weight = values.data()[b * gate->size(1) + s];
-      if (!(weight >= 0))
+      if (!(weight >= 0)) {
+        // As Python prints it, which knows no sign of NaN.
+        char text[32];
+        std::snprintf(text, sizeof text, "%g", std::isnan(weight) ? NAN : weight);
         throw std::invalid_argument(std::string("dynamic_conv3d: expected ") + name +
-                                    " of non-negative weights, got " + std::to_string(weight));
+                                    " of non-negative weights, got " + text);
+      }
       levels[size_t(b)].weights[s] = weight;
     }
   return levels;

@@ -478,12 +478,13 @@ def test_autocast() -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("wrong", [-0.5, float("nan")])
+@pytest.mark.parametrize("wrong", [-0.5, float("nan"), -float("nan")])
 def test_negative_gates(backend: str, wrong: float) -> None:
     for name in ("temporal_gate", "channel_gate"):
         t = make(Case())
         t[name][1, 1] = wrong
-        with pytest.raises(ValueError, match=f"dynamic_conv3d: expected {name} of non-negative weights, got"):
+        sentence = f"dynamic_conv3d: expected {name} of non-negative weights, got {wrong:g}"
+        with pytest.raises(ValueError, match=f"{sentence}$"):
             ak.dynamic_conv3d(**t, padding=(0, 1, 1))
 
 
