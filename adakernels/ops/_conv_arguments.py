@@ -112,6 +112,13 @@ def check_operands(op: str, input: Facts, weight: Facts, rank: int) -> None:
     )
 
 
+def can_run_cpu(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether the C++ kernels can run a convolution on such tensors."""
+    if not backends.can_run_cpu(op, input[2], input[1], raise_error=raise_error):
+        return False
+    return one_group_or_all(op, "cpu", input, groups, raise_error)
+
+
 def can_run_cuda(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
     """Whether the CUDA kernels can run a convolution on such tensors."""
     if not backends.can_run_cuda(op, input[2], input[1], raise_error=raise_error):
@@ -123,8 +130,13 @@ def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = Fa
     """Whether the Triton kernels can run a convolution on such tensors."""
     if not backends.can_run_triton(op, input[2], input[1], raise_error=raise_error):
         return False
+    return one_group_or_all(op, "triton", input, groups, raise_error)
+
+
+def one_group_or_all(op: str, backend: str, input: Facts, groups: int, raise_error: bool) -> bool:
+    """Whether the channels are in one group or in one each, which is what most kernels take."""
     reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
-    return groups in (1, input[0][1]) or backends.refuse(op, "triton", reason, raise_error)
+    return groups in (1, input[0][1]) or backends.refuse(op, backend, reason, raise_error)
 
 
 def empty_output(

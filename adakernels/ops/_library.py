@@ -29,26 +29,26 @@ _functions: dict[Any, type[torch.autograd.Function]] = {}
 def run_on_gpu(
     *names: str,
     kernels: Sequence[str] = backends.ON_GPU,
-    cuda_takes: Callable[..., bool] = lambda *args: True,
+    cuda_takes_groups: bool = True,
 ) -> None:
     """Hand these operators, when they are given CUDA tensors, to the kernels of the same name.
 
     Those are either the operator of that name and schema in the namespace `adakernels_cuda`, which
     `_cuda_ops.so` implements, or the function of that name and those arguments in `adakernels.triton`;
-    `kernels` says which of the two there are, and `cuda_takes(*arguments)` which calls those of CUDA are for
-    if there are both.
+    `kernels` says which of the two there are, and `cuda_takes_groups` whether those of CUDA are for more than
+    one channel group, too, if there are both.
     """
     for name in names:
         schema = str(getattr(torch.ops.adakernels, name).default._schema)
         _cuda_library.define(schema.removeprefix("adakernels::"))
-        library.impl(name, _gpu_entry(name, kernels, cuda_takes), "CUDA")
+        library.impl(name, _gpu_entry(name, kernels, cuda_takes_groups), "CUDA")
         gpu_operators[name] = kernels
 
 
 def _gpu_entry(
     name: str,
     kernels: Sequence[str] = backends.ON_GPU,
-    cuda_takes: Callable[..., bool] = lambda *args: True,
+    cuda_takes_groups: bool = True,
 ) -> Callable[..., Any]:
     compiled = getattr(torch.ops.adakernels_cuda, name).default
     names = [argument.name for argument in compiled._schema.arguments]
@@ -59,7 +59,8 @@ def _gpu_entry(
         input = args[first]
         conv = (args[names.index("weight")].shape, args[names.index("groups")]) if of_a_convolution else ()
         facts = (input.shape, input.dtype, input.device)
-        if cuda_takes(*args) and backends.gpu_backend(name, kernels, facts, *conv) == "cuda":
+        taken = cuda_takes_groups or args[names.index("groups")] == 1
+        if taken and backends.gpu_backend(name, kernels, facts, *conv) == "cuda":
             _hand_over_precision()
             return compiled(*args)
         # Imports Triton, which takes a while.

@@ -21,6 +21,7 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_cpu,
     can_run_triton,
     conv_arguments,
     empty_output,
@@ -353,15 +354,6 @@ def computed_box(
     )
 
 
-def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the C++ kernels can run a call on such tensors."""
-    op = "dynamic_conv3d"
-    if not backends.can_run_cpu(op, input[2], input[1], raise_error=raise_error):
-        return False
-    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
-    return groups in (1, input[0][1]) or backends.refuse(op, "cpu", reason, raise_error)
-
-
 def _predicates(
     input: Facts, temporal_gate: Facts | None, channel_gate: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
@@ -370,7 +362,7 @@ def _predicates(
     return {
         "cuda": partial(backends.has_no_kernel, "dynamic_conv3d", "cuda"),
         "triton": partial(can_run_triton, "dynamic_conv3d", input, groups),
-        "cpu": partial(can_run_cpu, input, groups),
+        "cpu": partial(can_run_cpu, "dynamic_conv3d", input, groups),
     }
 
 

@@ -20,8 +20,11 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_cpu,
+    can_run_triton,
     conv_arguments,
     empty_output,
+    one_group_or_all,
 )
 from adakernels.ops._layout import dense, empty_in_format
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
@@ -200,30 +203,11 @@ def gated_conv2d_flops(
     return float(out_channels * (channels // groups) * taps), (needed * live).sum(1) * taps
 
 
-def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the C++ kernels can run a call on such tensors."""
-    if not backends.can_run_cpu("gated_conv2d", input[2], input[1], raise_error=raise_error):
-        return False
-    return _has_groups("cpu", input, groups, raise_error)
-
-
 def can_run_cuda(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
     """Whether the CUDA kernels can run a call on such tensors."""
     if not backends.can_run_cuda("gated_conv2d", input[2], input[1], raise_error=raise_error):
         return False
-    return _has_groups("cuda", input, groups, raise_error)
-
-
-def can_run_triton(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the Triton kernels can run a call on such tensors."""
-    if not backends.can_run_triton("gated_conv2d", input[2], input[1], raise_error=raise_error):
-        return False
-    return _has_groups("triton", input, groups, raise_error)
-
-
-def _has_groups(backend: str, input: Facts, groups: int, raise_error: bool) -> bool:
-    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
-    return groups in (1, input[0][1]) or backends.refuse("gated_conv2d", backend, reason, raise_error)
+    return one_group_or_all("gated_conv2d", "cuda", input, groups, raise_error)
 
 
 def _predicates(
@@ -233,8 +217,8 @@ def _predicates(
         return {}
     predicates = {
         "cuda": partial(can_run_cuda, input, groups),
-        "triton": partial(can_run_triton, input, groups),
-        "cpu": partial(can_run_cpu, input, groups),
+        "triton": partial(can_run_triton, "gated_conv2d", input, groups),
+        "cpu": partial(can_run_cpu, "gated_conv2d", input, groups),
     }
     return backends.in_order("gated_conv2d", predicates, input, weight[0], groups)
 

@@ -21,6 +21,7 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
+    can_run_cpu,
     can_run_cuda,
     can_run_triton,
     conv_arguments,
@@ -40,8 +41,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-# The ninth argument of both is groups.
-run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", cuda_takes=lambda *args: args[8] == 1)
+run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", cuda_takes_groups=False)
 
 
 def sliced_conv3d_reference(
@@ -222,14 +222,6 @@ def sliced_conv3d_flops(
     return frame * length, frame * frames * share
 
 
-def can_run_cpu(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the C++ kernels can run a call on such tensors."""
-    if not backends.can_run_cpu("sliced_conv3d", input[2], input[1], raise_error=raise_error):
-        return False
-    reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
-    return groups in (1, input[0][1]) or backends.refuse("sliced_conv3d", "cpu", reason, raise_error)
-
-
 def _predicates(
     input: Facts, weight: Facts, temporal: Facts | None, frame_offsets: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
@@ -238,7 +230,7 @@ def _predicates(
     predicates = {
         "cuda": partial(can_run_cuda, "sliced_conv3d", input, groups),
         "triton": partial(can_run_triton, "sliced_conv3d", input, groups),
-        "cpu": partial(can_run_cpu, input, groups),
+        "cpu": partial(can_run_cpu, "sliced_conv3d", input, groups),
     }
     return backends.in_order("sliced_conv3d", predicates, input, weight[0], groups)
 

@@ -42,8 +42,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-# The ninth argument of both is groups.
-run_on_gpu("slim_conv", "slim_conv_backward", cuda_takes=lambda *args: args[8] == 1)
+run_on_gpu("slim_conv", "slim_conv_backward", cuda_takes_groups=False)
 
 
 def slim_weight(
