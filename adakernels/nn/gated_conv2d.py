@@ -182,7 +182,7 @@ def conv_norm_add_act(
     """
     if is_foldable(norm) and _can_add_in_place(conv, input, residual):
         weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
-        target = residual if overwrite else residual.clone()
+        target = residual if overwrite and not torch._C._is_alias_of(residual, input) else residual.clone()
         padding = cast(tuple[int, int], conv.padding)
         return conv2d_add_(
             target, input, weight, bias, in_policy, conv.stride, padding, conv.dilation, activation

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakernels import flops
+from adakernels.ops import _checks
 from adakernels.ops._conv_arguments import ACTIVATIONS, activate
 from adakernels.ops._library import call, library
 from adakernels.ops.gated_conv2d import gated_conv2d_flops
@@ -70,13 +71,23 @@ def conv2d_add_(
     Source: the last step of a residual block (He et al., 2016).
 
     Args:
-        target: of the output's shape and the input's dtype, float32 or bfloat16.
+        target: of the output's shape and the input's dtype, float32 or bfloat16, in memory of its own.
         in_policy: integer; input channels marked SKIP are known to be zero and are not read.
         activation: None, "relu", "relu6" or "silu".
 
     Raises:
-        RuntimeError, ValueError: where shapes, dtypes or policy values don't fit.
+        RuntimeError, ValueError: where shapes, dtypes or policy values don't fit, a gradient is asked for, or
+            `target` shares its memory with `input`.
     """
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (target, input, weight, bias)
+    ):
+        raise RuntimeError("conv2d_add_: expected tensors that require no gradient, or torch.no_grad()")
+    _checks.check_value(
+        compiling or not torch._C._is_alias_of(target, input),
+        lambda: "conv2d_add_: expected a target that shares no memory with input",
+    )
     if flops.counting:
         output_size = target.shape[2:]
         work = gated_conv2d_flops(input.shape, weight.shape, output_size=output_size, in_policy=in_policy)
@@ -93,4 +104,6 @@ def conv2d_add_(
         dilation,
         ACTIVATIONS.index(activation),
     )
+    if not (compiling or target.is_inference()):
+        torch.autograd.graph.increment_version(target)
     return target

@@ -24,15 +24,15 @@ struct Domain {
   int64_t frame_count;
   FrameRoutes computed, live;
 
-  Domain(const Tensor& input,                     // [N, C_in, H, W]
+  Domain(const char* op, const Tensor& input,     // [N, C_in, H, W]
          const Tensor& weight,                    // [C_out, C_in / groups, kh, kw]
          const std::optional<Tensor>& policy,     // [N, C_out]
          const std::optional<Tensor>& in_policy,  // [N, C_in]
          int64_t frames, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
          const std::vector<int64_t>& dilation, int64_t groups)
-      : problem(checked_problem(input, weight, frames, stride, padding, dilation, groups)),
-        out_values(policy_values(policy, input.size(0), problem.out_channels, kName, "policy")),
-        in_values(policy_values(in_policy, input.size(0), problem.in_channels, kName, "in_policy")),
+      : problem(checked_problem(op, input, weight, frames, stride, padding, dilation, groups)),
+        out_values(policy_values(policy, input.size(0), problem.out_channels, op, "policy")),
+        in_values(policy_values(in_policy, input.size(0), problem.in_channels, op, "in_policy")),
         frame_count(input.size(0)),
         computed(computed_routes(out_values, frame_count, problem.out_channels, frames)),
         live(live_routes(in_values, frame_count, problem.in_channels)) {}
@@ -52,12 +52,12 @@ struct Domain {
   }
 
  private:
-  static Problem checked_problem(const Tensor& input, const Tensor& weight, int64_t frames,
+  static Problem checked_problem(const char* op, const Tensor& input, const Tensor& weight, int64_t frames,
                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                  const std::vector<int64_t>& dilation, int64_t groups) {
-    STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "gated_conv2d: expected tensors of 4 dimensions");
-    STD_TORCH_CHECK(frames > 0 && input.size(0) % frames == 0, "gated_conv2d: expected frames to divide N");
-    return problem_of(kName, input, weight, stride, padding, dilation, groups);
+    STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, op, ": expected tensors of 4 dimensions");
+    STD_TORCH_CHECK(frames > 0 && input.size(0) % frames == 0, op, ": expected frames to divide N");
+    return problem_of(op, input, weight, stride, padding, dilation, groups);
   }
 };
 
@@ -68,7 +68,7 @@ Tensor gated_conv2d(const Tensor& input,                     // [N, C_in, H, W]
                     const std::optional<Tensor>& in_policy,  // [N, C_in]
                     int64_t frames, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, int64_t activation) {
-  const Domain domain(input, weight, policy, in_policy, frames, stride, padding, dilation, groups);
+  const Domain domain(kName, input, weight, policy, in_policy, frames, stride, padding, dilation, groups);
   Tensor output = empty_like_format(input, output_sizes(domain.problem, input));
   convolve(domain.problem, input, weight, bias, activation, output, domain.units(),
            zero_channels(domain.out_values, domain.problem.out_channels, frames));
@@ -82,7 +82,7 @@ void conv2d_add(const Tensor& target,                    // [N, C_out, H', W']
                 const std::optional<Tensor>& in_policy,  // [N, C_in]
                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                 int64_t activation) {
-  const Domain domain(input, weight, std::nullopt, in_policy, 1, stride, padding, dilation, 1);
+  const Domain domain("conv2d_add_", input, weight, std::nullopt, in_policy, 1, stride, padding, dilation, 1);
   check_features(target, "conv2d_add_: target");
   STD_TORCH_CHECK(target.scalar_type() == input.scalar_type() &&
                       sizes_of(target) == output_sizes(domain.problem, input),
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
     const std::optional<Tensor>& in_policy,  // [N, C_in]
     int64_t frames, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     int64_t groups, bool want_input, bool want_weight, bool want_bias) {
-  const Domain domain(input, weight, policy, in_policy, frames, stride, padding, dilation, groups);
+  const Domain domain(kName, input, weight, policy, in_policy, frames, stride, padding, dilation, groups);
   check_gradient(domain.problem, grad_output, input);
   return convolution_gradients(domain.problem, grad_output, input, weight, domain.units(), domain.gradient_units(),
                                dead_channels(domain.in_values, domain.problem.in_channels), want_input, want_weight,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adakernels as ak
 from adakernels.models.resnet import ResidualBlock
-from adakernels.nn import GatedConv2d
+from adakernels.nn import GatedConv2d, conv_norm_add_act
 from adakernels.ops.conv2d_add import conv2d_add_, conv2d_add_reference
 
 # N, C_in, C_out, size, kernel, stride, padding
@@ -102,3 +102,42 @@ def test_blocks_keep_their_input_unless_told_otherwise(kernels: tuple[int, ...],
         output, _ = block.forward_with_policy(input, overwrite=True)
     assert output is input
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_autograd_knows_that_the_target_changes(cpu_backend: None) -> None:
+    (target, *others), geometry = make("in place")
+    factor = torch.ones_like(target, requires_grad=True)
+    product = factor * target
+    conv2d_add_(target, *others, *geometry, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        conv2d_add_(target.clone(), *others, *geometry, None)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_gradients_are_refused(number: int, cpu_backend: None) -> None:
+    tensors, geometry = make("in place")
+    tensors[number].requires_grad_()
+    with pytest.raises(RuntimeError, match="conv2d_add_: expected tensors that require no gradient"):
+        conv2d_add_(*tensors, *geometry, None)
+    with torch.no_grad():
+        conv2d_add_(*tensors, *geometry, None)
+
+
+def test_errors_name_the_operator(cpu_backend: None) -> None:
+    (target, input, weight, bias, in_policy), geometry = make("in place")
+    in_policy[1, 1] = 3
+    with pytest.raises(ValueError, match=r"^conv2d_add_: expected in_policy values 0 .*, got 3"):
+        conv2d_add_(target, input, weight, bias, in_policy, *geometry, None)
+
+
+def test_targets_in_the_inputs_memory(cpu_backend: None) -> None:
+    conv, norm = GatedConv2d(12, 12, 3, padding=1), torch.nn.BatchNorm2d(12).eval()
+    input = torch.randn(2, 12, 14, 14)
+    with pytest.raises(ValueError, match="conv2d_add_: expected a target that shares no memory with input"):
+        conv2d_add_(input[:], input, conv.weight.detach(), None, None, (1, 1), (1, 1), (1, 1), None)
+    with torch.no_grad():
+        want = (norm(conv(input)) + input).relu()
+        got = conv_norm_add_act(conv, norm, "relu", input, input, overwrite=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
