@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops import gated_conv2d, temporal_fuse
+from adakernels.ops._layout import shares_memory
 from adakernels.ops.conv2d_add import conv2d_add_
 
 _Pair: TypeAlias = int | tuple[int, int]
@@ -182,7 +183,7 @@ def conv_norm_add_act(
     """
     if is_foldable(norm) and _can_add_in_place(conv, input, residual):
         weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
-        target = residual if overwrite and not torch._C._is_alias_of(residual, input) else residual.clone()
+        target = residual if overwrite and not shares_memory(residual, input) else residual.clone()
         padding = cast(tuple[int, int], conv.padding)
         return conv2d_add_(
             target, input, weight, bias, in_policy, conv.stride, padding, conv.dilation, activation

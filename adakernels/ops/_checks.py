@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, wraps
+from itertools import chain
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -200,13 +201,27 @@ def check_channel_policy(
     check_same(op, name, policy, "input", input, dtype=False)
 
 
+# Of what is in tuples, values of these types only equal each other, while 1 is also 1.0 and True.
+_KEYS = frozenset({int, torch.Size, torch.dtype, torch.device})
+
+
+def _is_key(arguments: Iterable[Any]) -> bool:
+    """Whether no tuple among the arguments equals one that has other types in it."""
+    within = [*chain.from_iterable([x for x in arguments if isinstance(x, tuple)])]
+    if _KEYS.issuperset(map(type, within)):
+        return True
+    return (_KEYS | {tuple}).issuperset(map(type, within)) and _is_key(x for x in within if type(x) is tuple)
+
+
 def cached(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: remember the results of a pure function of facts and arguments, outside of compilation."""
     remembered = lru_cache(maxsize=4096, typed=True)(function)
+    # What has a name of its own is a fact or no tuple.
+    named = function.__code__.co_argcount
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and _is_key(args[named:]):
             try:
                 return remembered(*args, **kwargs)  # type: ignore[arg-type]
             except TypeError:

@@ -22,6 +22,12 @@ def dense(input: Tensor, like: Tensor | None = None) -> Tensor:
     return input.contiguous(memory_format=memory_format(input if like is None else like))
 
 
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one storage, be it of other parts of it."""
+    result: bool = torch._C._is_alias_of(one, other)  # type: ignore[attr-defined]
+    return result
+
+
 def empty_in_format(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised, with the device and, unless told otherwise, the dtype of `like`, and its format where
     the rank is the same."""

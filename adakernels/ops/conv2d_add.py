@@ -11,6 +11,7 @@ from torch import Tensor
 from adakernels import flops
 from adakernels.ops import _checks
 from adakernels.ops._conv_arguments import ACTIVATIONS, activate
+from adakernels.ops._layout import shares_memory
 from adakernels.ops._library import call, library
 from adakernels.ops.gated_conv2d import gated_conv2d_flops
 from adakernels.ops.policy import Policy, as_index
@@ -85,7 +86,7 @@ def conv2d_add_(
     ):
         raise RuntimeError("conv2d_add_: expected tensors that require no gradient, or torch.no_grad()")
     _checks.check_value(
-        compiling or not torch._C._is_alias_of(target, input),
+        compiling or not shares_memory(target, input),
         lambda: "conv2d_add_: expected a target that shares no memory with input",
     )
     if flops.counting:

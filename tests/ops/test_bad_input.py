@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import adakernels as ak
+from adakernels.ops import _checks
 
 
 @pytest.fixture(params=["eager", "reference", "fake", "cpu", "meta"])
@@ -459,3 +460,24 @@ def test_the_same_call_with_numbers_of_another_type() -> None:
         ak.gated_conv2d(*arguments, stride=2.0, frames=1)
     with pytest.raises(TypeError, match="expected frames to be an int, got bool"):
         ak.gated_conv2d(*arguments, stride=2, frames=True)
+    ak.gated_conv2d(*arguments, stride=(1, 1))
+    with pytest.raises(TypeError, match="expected stride to be an int, got float"):
+        ak.gated_conv2d(*arguments, stride=(1.0, 1.0))
+    with pytest.raises(TypeError, match="expected stride to be an int, got bool"):
+        ak.gated_conv2d(*arguments, stride=(1, True))
+    ak.slim_conv2d(*arguments[:2], segments=((0, 2), (2, 4)))
+    with pytest.raises(TypeError, match="expected a segment's start to be an int, got float"):
+        ak.slim_conv2d(*arguments[:2], segments=((0, 2), (2.0, 4)))
+
+
+def test_calls_are_remembered() -> None:
+    calls: list[Any] = []
+
+    @_checks.cached
+    def plan(requested: str, input: _checks.Facts, *arguments: Any) -> None:
+        calls.append(arguments)
+
+    for _ in range(2):
+        facts = _checks.facts("plan", "input", ints(4, 4))
+        plan("auto", facts, facts, (1, 1), 1, None, ((0, 2), (2, 4)))
+    assert len(calls) == 1
