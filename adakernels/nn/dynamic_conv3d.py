@@ -14,7 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.nn.gated_conv2d import ACTIVATIONS
-from adakernels.ops import _checks, dynamic_conv3d
+from adakernels.ops import _checks, dynamic_conv3d, dynamic_conv3d_flops
+from adakernels.ops._conv_arguments import autocast
+from adakernels.ops._layout import dense
 from adakernels.ops.dynamic_conv3d import (
     MAX_LEVELS,
     clips_alike,
@@ -328,6 +330,8 @@ def _by_modules(
     for gate, name in ((temporal_gate, "temporal_gate"), (channel_gate, "channel_gate")):
         if gate is not None:
             _checks.checked_weights(gate, "DynamicConv3d", name)
+    given = input
+    input, weight, bias = autocast(input.device, input, weight, bias)
     padding = arguments.get("padding", 0)
     if isinstance(padding, str):
         input, padding = F.pad(input, conv._reversed_padding_repeated_twice), 0
@@ -335,12 +339,17 @@ def _by_modules(
         {"stride": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1} | arguments | {"padding": padding}
     )
     shape = F.conv3d(input.to("meta"), weight.to("meta"), **geometry).shape
+    if flops.counting:
+        work = dynamic_conv3d_flops(
+            weight.shape, temporal_gate, channel_gate, batch=len(input), output_size=shape[2:]
+        )
+        flops.record("dynamic_conv3d", *work)
     one = input.new_ones(len(input), 1)
     output = input.new_zeros(shape)
     for clips, temporal, channel in clips_alike(len(input), temporal_gate, channel_gate):
-        step, given = 2 ** temporal[0], computed_channels(len(weight), channel[0])
-        box = computed_box(input[clips], weight, bias, **geometry, step=step, channels=given)
-        features = F.conv3d(*box)[:, :given]
+        step, channels = 2 ** temporal[0], computed_channels(len(weight), channel[0])
+        box = computed_box(input[clips], weight, bias, **geometry, step=step, channels=channels)
+        features = F.conv3d(*box)[:, :channels]
         frame_weights, channel_weights = (
             (one if gate is None else gate)[clips].to(input.dtype)[..., None, None, None, None]
             for gate in (temporal_gate, channel_gate)
@@ -352,8 +361,13 @@ def _by_modules(
             frame_weights[:, j] * _with_frames(conv, mixed[:, :, :: 2**j // step], j, shape[2])
             for j in temporal
         ]
-        output = output.index_copy(0, clips.to(output.device), torch.stack(made).sum(0))
-    return ACTIVATIONS[activation](output)
+        clips = clips.to(output.device)
+        output = output.index_copy(0, clips, torch.stack(made).sum(0).to(output.dtype))
+    if torch.is_grad_enabled() and not output.requires_grad:
+        # Where no clip has a live level there are gradients all the same, of zero.
+        tensors = [x for x in (input, weight, bias, temporal_gate, channel_gate) if x is not None]
+        output = output + torch.stack([x[:0].sum().to(output) for x in tensors]).sum()
+    return ACTIVATIONS[activation](dense(output, like=given))
 
 
 def _with_channels(

@@ -175,6 +175,43 @@ def test_other_filters(norm: type | None) -> None:
         conv(x, both[0] - 1, both[1])
 
 
+def test_work_with_other_filters() -> None:
+    conv = make(temporal_phi=Repeat(), temporal_levels=2, channel_levels=1)
+    x, gate = torch.randn(2, 4, 4, 5, 5), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    count = ak.count_flops(conv, x, gate)
+    dense = 6 * 4 * 9 * 4 * 25 / 1e9
+    assert count.dense == pytest.approx(dense)
+    assert count.actual.tolist() == pytest.approx([dense / 2, dense])
+
+
+def test_dead_clips_with_other_filters_have_a_gradient() -> None:
+    conv = make(temporal_phi=Repeat())
+    x, dead = torch.randn(3, 4, 5, 5, 6, requires_grad=True), torch.zeros(3, 3, requires_grad=True)
+    output = conv(x, dead, gates()[1])
+    assert (output == 0).all()
+    output.sum().backward()
+    for tensor in (x, dead, conv.weight, conv.bias):
+        assert (tensor.grad == 0).all()
+
+
+def test_format_with_other_filters() -> None:
+    conv = make(temporal_phi=Repeat(), padding="same")
+    x = torch.randn(3, 4, 5, 5, 6)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    for clips, form in ((x, torch.contiguous_format), (last, torch.channels_last_3d)):
+        assert conv(clips, *gates()).is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("phi", [{}, {"temporal_phi": Repeat(), "channel_phi": Spread()}])
+def test_autocast(phi: dict[str, nn.Module]) -> None:
+    conv, x = make(**phi), torch.randn(3, 4, 5, 5, 6)
+    want = conv(x, *gates())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = conv(x, *gates())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.1)
+
+
 def test_compiles() -> None:
     conv = make(norm=nn.BatchNorm3d, activation="relu")
     x, both = torch.randn(3, 4, 5, 5, 6), gates()
