@@ -16,6 +16,7 @@ class Ada3DResNet(VideoResNet):
 
     Args:
         stem_taps, stage_taps, num_classes: as of `VideoResNet`.
+        frames: frames T per clip, which `forward` then insists on; None takes clips of any length.
         policy_stages: the stages (0 is the stem) that the bits of the convolution policy are about, in order.
     """
 
@@ -24,10 +25,12 @@ class Ada3DResNet(VideoResNet):
         stem_taps: int,
         stage_taps: Sequence[Sequence[int]],
         num_classes: int = 400,
+        frames: int | None = None,
         *,
         policy_stages: Sequence[int],
     ) -> None:
         super().__init__(stem_taps, stage_taps, num_classes)
+        self.frames = frames
         self.policy_stages = tuple(policy_stages)
 
     def forward(
@@ -45,13 +48,15 @@ class Ada3DResNet(VideoResNet):
             keep: bool [B, T]; frames to drop are False, at least one of a clip is kept. None keeps all.
 
         Raises:
-            ValueError, TypeError: for a wrong shape or dtype, or a clip that keeps no frame.
+            ValueError, TypeError: for a wrong shape, length or dtype, or a clip that keeps no frame.
         """
         name = type(self).__name__
         count = len(self.policy_stages)
         torch._check_value(
-            clips.dim() == 5,
-            lambda: f"{name}: expected clips of shape [B, 3, T, H, W], got {list(clips.shape)}",
+            clips.dim() == 5 and self.frames in (None, clips.shape[2]),
+            lambda: (
+                f"{name}: expected clips of shape [B, 3, {self.frames or 'T'}, H, W], got {list(clips.shape)}"
+            ),
         )
         torch._check_value(
             temporal is None or temporal.shape == (len(clips), count),
@@ -75,11 +80,17 @@ class Ada3DResNet(VideoResNet):
         return self.fc(packed.mean())
 
 
-def ada3d_i3d_resnet50(num_classes: int = 400) -> Ada3DResNet:
-    """Ada3D on I3D with ResNet-50, of which the stem and all four stages may be 2D: K = 5."""
-    return Ada3DResNet(5, ((3,), (3, 1), (3, 1), (1, 3)), num_classes, policy_stages=(0, 1, 2, 3, 4))
+def ada3d_i3d_resnet50(num_classes: int = 400, frames: int | None = None) -> Ada3DResNet:
+    """Ada3D on I3D with ResNet-50, of which the stem and all four stages may be 2D: K = 5.
+
+    See `Ada3DResNet` for the arguments.
+    """
+    return Ada3DResNet(5, ((3,), (3, 1), (3, 1), (1, 3)), num_classes, frames, policy_stages=(0, 1, 2, 3, 4))
 
 
-def ada3d_slowonly_resnet50(num_classes: int = 400) -> Ada3DResNet:
-    """Ada3D on Slow-only with ResNet-50, of which the last two stages may be 2D, the others are: K = 2."""
-    return Ada3DResNet(1, ((1,), (1,), (3,), (3,)), num_classes, policy_stages=(3, 4))
+def ada3d_slowonly_resnet50(num_classes: int = 400, frames: int | None = None) -> Ada3DResNet:
+    """Ada3D on Slow-only with ResNet-50, of which the last two stages may be 2D, the others are: K = 2.
+
+    See `Ada3DResNet` for the arguments.
+    """
+    return Ada3DResNet(1, ((1,), (1,), (3,), (3,)), num_classes, frames, policy_stages=(3, 4))

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,3 +121,12 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="to leave every clip at least one frame"):
         model(clips, None, torch.zeros(2, 4, dtype=torch.bool))
     assert models.VideoResNet(1, ((1,), (1,), (3,), (3,)), 5).fc.out_features == 5
+
+
+@pytest.mark.parametrize("factory", [ada3d_i3d_resnet50, ada3d_slowonly_resnet50])
+def test_length_of_the_clips(factory: Callable[..., Ada3DResNet]) -> None:
+    with torch.device("meta"):
+        model, clips = factory(num_classes=7, frames=8).eval(), torch.empty(2, 3, 8, 32, 32)
+        assert model(clips).shape == (2, 7)
+        with pytest.raises(ValueError, match=r"expected clips of shape \[B, 3, 8, H, W\], got \[2, 3, 6, "):
+            model(clips[:, :, :6])
