@@ -34,7 +34,7 @@ class PackedClips:
         """All frames of clips of one length."""
         batch, _, length = clips.shape[:3]
         frames = clips.transpose(1, 2).flatten(0, 1)
-        offsets = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=clips.device)
+        offsets = torch.arange(batch + 1, dtype=torch.int32, device=clips.device) * length
         return PackedClips(frames, offsets, length)
 
     @property

@@ -15,6 +15,8 @@ from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.nn.gated_conv2d import ACTIVATIONS
 from adakernels.nn.packed_clips import PackedClips
 from adakernels.ops import sliced_conv3d, sliced_conv3d_flops
+from adakernels.ops._conv_arguments import autocast
+from adakernels.ops.sliced_conv3d import checked_packed_clips
 
 _Triple: TypeAlias = int | tuple[int, int, int]
 
@@ -199,7 +201,7 @@ def _packed(
         )
     pads_in_time = not isinstance(conv.padding, str) and conv.padding[0] > 0
     if conv.kernel_size[0] == 1 and conv.stride[0] == 1 and not pads_in_time:
-        frames = _frame_by_frame(conv, weight, bias, activation, clips)
+        clips = _frame_by_frame(conv, weight, bias, activation, clips, temporal)
     else:
         frames = sliced_conv3d(
             clips.frames,
@@ -213,9 +215,10 @@ def _packed(
             frame_offsets=clips.offsets,
             activation=activation,
         )
+        clips = replace(clips, frames=frames)
     if flops.counting and clips.length is not None:
-        flops.stretch_last(clips.length * clips.batch / max(1, len(frames)))
-    return replace(clips, frames=frames)
+        flops.stretch_last(clips.length * clips.batch / max(1, len(clips.frames)))
+    return clips
 
 
 def _frame_by_frame(
@@ -224,17 +227,22 @@ def _frame_by_frame(
     bias: Tensor | None,  # [C_out]
     activation: str | None,
     clips: PackedClips,
-) -> Tensor:  # [sum T, C_out, H', W']
+    temporal: Tensor | None,  # [B]
+) -> PackedClips:
+    frames, weight, bias = autocast(clips.frames.device, clips.frames, weight, bias)
+    # Nothing here depends on the flags and offsets, but what comes later may.
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups, activation
+    offsets = checked_packed_clips(frames, weight, bias, temporal, clips.offsets, *geometry)
     padding: Any = conv.padding if isinstance(conv.padding, str) else conv.padding[1:]
     frames = F.conv2d(
-        clips.frames, weight.squeeze(2), bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups
+        frames, weight.squeeze(2), bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups
     )
     if flops.counting:
         counts = sliced_conv3d_flops(
             weight.shape,
             batch=clips.batch,
             output_size=(len(frames), *frames.shape[2:]),
-            frame_offsets=clips.offsets,
+            frame_offsets=offsets,
         )
         flops.record("conv3d", *counts)
-    return ACTIVATIONS[activation](frames)
+    return replace(clips, frames=ACTIVATIONS[activation](frames), offsets=offsets)

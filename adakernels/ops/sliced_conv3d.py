@@ -62,15 +62,30 @@ def sliced_conv3d_reference(
     With `frame_offsets` padding and dilation are given as numbers, as they come from the public function.
     """
     centre = weight.shape[2] // 2
-    if frame_offsets is None:
-        output = F.conv3d(input, weight, bias, stride, padding, dilation, groups)
-        if temporal is not None:
-            is_centre = torch.arange(weight.shape[2], device=weight.device) == centre
-            sliced = torch.where(is_centre[:, None, None], weight, 0)
-            without = F.conv3d(input, sliced, bias, stride, padding, dilation, groups)
-            output = torch.where(temporal[:, None, None, None, None], output, without)
-        return activate(output, activation)
     pads, steps, strides = (_three(value) for value in (padding, dilation, stride))
+    if frame_offsets is None:
+        if temporal is None:
+            output = F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        else:
+            whole = temporal[:, None, None, None, None]
+            # Zeros rather than masks on the results: what a clip does not read may be no number.
+            output = F.conv3d(torch.where(whole, input, 0), weight, bias, stride, padding, dilation, groups)
+            reach = steps[0] * (weight.shape[2] - 1)
+            before = {"valid": 0, "same": reach // 2}[padding] if isinstance(padding, str) else pads[0]
+            seen = _every_frame(
+                torch.where(whole, 0, input), centre * steps[0] - before, strides[0], output.shape[2]
+            )
+            sliced = F.conv3d(
+                seen,
+                weight[:, :, centre : centre + 1],
+                bias,
+                (1, *strides[1:]),
+                padding if isinstance(padding, str) else (0, *pads[1:]),
+                dilation,
+                groups,
+            )
+            output = torch.where(whole, output, sliced)
+        return activate(output, activation)
     frames = torch.arange(input.shape[0], device=input.device)
     clip = torch.searchsorted(frame_offsets, frames, right=True) - 1
     begin, end = frame_offsets[clip], frame_offsets[clip + 1]
@@ -89,6 +104,19 @@ def sliced_conv3d_reference(
 
 def _three(value: Any) -> tuple[int, ...]:
     return (value,) * 3 if isinstance(value, int) else tuple(value)
+
+
+def _every_frame(
+    input: Tensor,  # [B, C, T, H, W]
+    first: int,
+    step: int,
+    count: int,
+) -> Tensor:  # [B, C, count, H, W]
+    """So many frames from number `first` on, `step` apart; zeros where the input has none."""
+    last = first + (count - 1) * step
+    before, after = max(0, -first), max(0, last + 1 - input.shape[2])
+    padded = F.pad(input, (0, 0, 0, 0, before, after))
+    return padded[:, :, first + before :: step][:, :, :count]
 
 
 @torch.library.register_fake("adakernels::sliced_conv3d", lib=library)
@@ -308,6 +336,34 @@ def _plan(
     conv = _check(input, weight, bias, temporal, frame_offsets, *arguments)
     predicates = _predicates(input, weight, temporal, frame_offsets, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
+
+
+def checked_packed_clips(
+    input: Tensor,  # [sum T, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kt, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    temporal: Tensor | None,  # [B]
+    frame_offsets: Tensor,  # [B + 1]
+    *arguments: Any,
+) -> Tensor:  # [B + 1]
+    """The frame offsets of a call of `sliced_conv3d`, all of whose arguments are checked as it does.
+
+    Args:
+        arguments: stride, padding, dilation, groups and activation.
+    """
+    op = "sliced_conv3d"
+    _plan(
+        "auto",
+        facts(op, "input", input),
+        facts(op, "weight", weight),
+        optional_facts(op, "bias", bias),
+        optional_facts(op, "temporal", temporal),
+        facts(op, "frame_offsets", frame_offsets),
+        *arguments,
+    )
+    if frame_offsets.device.type == "cpu" or _checks.debugging():
+        return checked_offsets(frame_offsets, input.shape[0])
+    return frame_offsets
 
 
 def sliced_conv3d(

@@ -123,6 +123,26 @@ def test_bad_arguments() -> None:
         conv(PackedClips.from_clips(torch.ones(1, 4, 2, 5, 5)))
 
 
+@pytest.mark.parametrize("taps", [1, 3])
+def test_bad_packed_clips(taps: int) -> None:
+    conv = make((taps, 3, 3))
+    packed = PackedClips.from_clips(torch.ones(2, 4, 3, 5, 5))
+    with pytest.raises(ValueError, match=r"expected temporal of shape \[B\] = \[2\], got \[3\]"):
+        conv(packed, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="expected temporal of dtype bool, got float32"):
+        conv(packed, torch.ones(2))
+    with pytest.raises(ValueError, match="expected frame_offsets to end at the number of frames, 6, got 4"):
+        conv(PackedClips(packed.frames, torch.tensor([0, 2, 4], dtype=torch.int32)))
+    with pytest.raises(TypeError, match="expected frame_offsets of dtype int32, got int64"):
+        conv(PackedClips(packed.frames, torch.tensor([0, 3, 6])))
+
+
+def test_clips_of_no_frames() -> None:
+    packed = PackedClips.from_clips(torch.ones(2, 4, 0, 5, 5))
+    assert packed.offsets.tolist() == [0, 0, 0] and packed.offsets.dtype == torch.int32
+    assert make((3, 3, 3))(packed).frames.shape == (0, 6, 5, 5)
+
+
 def test_copies_and_pickles() -> None:
     conv = make().eval()
     clips, temporal = torch.randn(2, 4, 3, 5, 5), torch.tensor([True, False])
@@ -132,8 +152,9 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(other(clips, temporal), want)
 
 
-def test_compiles_with_packed_clips() -> None:
-    conv = make((3, 1, 1)).eval()
+@pytest.mark.parametrize("taps", [1, 3])
+def test_compiles_with_packed_clips(taps: int) -> None:
+    conv = make((taps, 1, 1)).eval()
     frames, offsets = torch.randn(5, 4, 3, 3), torch.tensor([0, 2, 5], dtype=torch.int32)
 
     def call(frames: Tensor, temporal: Tensor) -> Tensor:

@@ -445,3 +445,23 @@ def test_explains_its_choice() -> None:
     assert said.backend == "reference"
     assert "groups = 1 or C_in = 4, not 2" in said.reasons["cpu"]
     assert ak.explain(ak.sliced_conv3d, input, weight).reasons["cpu"].startswith("this call needs no kernel")
+
+
+@pytest.mark.parametrize("lengths", [None, (5, 5)])
+def test_frames_between_the_centre_taps_are_not_read(backend: str, lengths: tuple[int, ...] | None) -> None:
+    case = Case(size=(5, 4, 4), lengths=lengths, stride=(1 if lengths else 2, 1, 1), temporal="none")
+    input, weight, bias, temporal = make(case)
+    want = ak.sliced_conv3d(input, weight, bias, temporal, **case.keywords)
+    bad = 1
+    if lengths is None:
+        input[:, :, bad] = float("nan")
+    else:
+        input[bad] = float("nan")
+        want = torch.cat((want[:bad], want[bad + 1 :]))
+    leaves = [x.requires_grad_() for x in (input, weight, bias)]
+    got = ak.sliced_conv3d(*leaves, temporal, **case.keywords)
+    if lengths is not None:
+        got = torch.cat((got[:bad], got[bad + 1 :]))
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    assert lengths or all(leaf.grad.isfinite().all() for leaf in leaves)
