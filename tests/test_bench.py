@@ -39,6 +39,7 @@ from benchmarks import (  # noqa: E402
     slim,
 )
 from benchmarks.cases import KEEP, REUSE, SKIP, ConvShape, LayerCase  # noqa: E402
+from benchmarks.dense import DENSE_FORMS, FORMATS  # noqa: E402
 from benchmarks.layers import Layer  # noqa: E402
 from benchmarks.patches import Patches  # noqa: E402
 
@@ -288,7 +289,7 @@ def test_dense_slow_is_the_network_at_full_budget() -> None:
         torch.nn.init.normal_(norm.running_mean)
     clip = torch.randn(1, 3, 2, 40, 40)
     with torch.inference_mode():
-        for form in slim.DENSE_FORMS:
+        for form in DENSE_FORMS:
             measure.assert_matches(slim.DenseSlow(model, form)(clip), model(clip), 1e-3)
 
 
@@ -368,14 +369,15 @@ def test_clip_forms_agree(lengths: tuple[int, ...]) -> None:
     twos = sum(lengths[::2])
     assert plain.work == pytest.approx(1 - twos / sum(lengths) * 2 / 3)
     with torch.inference_mode():
-        expected, dense = plain.reference(), plain.dense()
+        expected, dense = plain.reference(), plain.together(plain.dense())
         assert not torch.allclose(expected, dense)
-        for name in sliced.FORMATS:
+        for name, order in FORMATS.items():
             form = plain.in_format(name)
+            assert all(clip.is_contiguous(memory_format=order) for clip in form.clips)
             measure.assert_matches(form.ours(), expected)
-            measure.assert_matches(form.masked(), expected)
-            measure.assert_matches(form.dense(), dense)
-            measure.assert_matches(form.summed(), dense)
+            measure.assert_matches(plain.together(form.masked()), expected)
+            measure.assert_matches(plain.together(form.dense()), dense)
+            measure.assert_matches(plain.together(form.summed()), dense)
 
 
 def test_folded_i3d_is_the_network() -> None:
@@ -387,8 +389,8 @@ def test_folded_i3d_is_the_network() -> None:
             module.running_var.uniform_(0.5, 1.5)
     frames = torch.randn(1, 3, 3, 32, 32)
     with torch.inference_mode():
-        for order in sliced.FORMATS.values():
-            measure.assert_matches(sliced.FoldedI3D(model, order)(frames), model(frames), 1e-4)
+        for form in DENSE_FORMS:
+            measure.assert_matches(sliced.FoldedI3D(model, form)(frames), model(frames), 1e-4)
 
 
 @pytest.mark.parametrize("case", sliced.MODELS, ids=lambda case: case.name)
