@@ -76,8 +76,9 @@ class DynamicCase:
 
 
 _GRID = tuple((t, c) for t in range(LEVELS) for c in range(LEVELS) if (t, c) != (0, 0))
+_FEW = ((1, 1), (1, 2))
 _MIXED = ((0, 0), (0, 1), (1, 0), (1, 1))
-# Channels in and out, frames, size, stride.
+# Channels in and out, frames, size, stride. Those in the middle are measured at all levels.
 _R2PLUS1D = (
     (64, 144, 16, 64, 1),
     (64, 230, 16, 64, 2),
@@ -96,11 +97,11 @@ LAYERS = [
         "dynamic_conv3d", ci, co, frames, size, levels, stride=stride, quick=ci == 128 and levels == ((1, 1),)
     )
     for ci, co, frames, size, stride in _R2PLUS1D
-    for levels in (*((pair,) for pair in _GRID if 2 ** pair[0] <= frames), _MIXED)
+    for levels in (*((pair,) for pair in (_GRID if ci in (128, 256) else _FEW)), *((_MIXED,) * (ci > 64)))
 ] + [
     DynamicCase("dynamic_x3d", ci, co, 16, size, levels, (kernel,) * 3, groups=groups)
     for ci, co, kernel, groups, size in _X3D
-    for levels in (((1, 0),), ((0, 1),), ((1, 1),), _MIXED)
+    for levels in ((((1, 0),), ((0, 1),), ((1, 1),), _MIXED) if size == 32 else (((1, 1),),))
 ]
 
 

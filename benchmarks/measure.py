@@ -173,6 +173,7 @@ def contest(
     sample_time: float = 0.0,
     warm_up: int = WARM_UP,
     min_rounds: int = MIN_ROUNDS,
+    finalists: int = FINALISTS,
     together: Callable[[Result], Result] | None = None,
 ) -> dict[str, Any]:
     """Race groups of variants, one of which is "ours", and return times and winners as parts of a record.
@@ -184,8 +185,8 @@ def contest(
         benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
         groups: callables by name of the variant (memory format), by name of the group.
         quick: race only the variant of each group that was fastest in the warm-up, and for 15 rounds;
-            otherwise also the second, if it came within 25 % of it, for half a second or 15 rounds,
-            whichever is longer.
+            otherwise the `finalists` fastest, as far as they came within 25 % of it, for half a second or
+            15 rounds, whichever is longer.
         sample_time: as in `Race`.
         warm_up, min_rounds: laps before the race and in it at least, fewer than usual for calls of seconds.
         together: brings what a variant returned into the form of `expected`, untimed.
@@ -205,7 +206,7 @@ def contest(
     for group in groups:
         ranking = sorted((name for name in runners if name.startswith(group)), key=warm.__getitem__)
         for place, name in enumerate(ranking):
-            if place >= (1 if quick else FINALISTS) or warm[name] > warm[ranking[0]] * CONTENDER:
+            if place >= (1 if quick else finalists) or warm[name] > warm[ranking[0]] * CONTENDER:
                 race.drop(name)
     subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
     lap_time = sum(warm[name] * race.calls[name] for name in race.runners)

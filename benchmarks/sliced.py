@@ -66,14 +66,20 @@ _SHAPES = (
     (1024, 512, 16),
     (2048, 512, 8),
 )
-_LENGTHS = ((8,), (8,) * 8, (5, 8, 11, 16))
+_ONE, _EIGHT, _RAGGED = (8,), (8,) * 8, (5, 8, 11, 16)
+# Others would take minutes.
+_SEVERAL = {
+    (64, 64, 64): (_EIGHT, _RAGGED),
+    (512, 128, 32): (_RAGGED,),
+    (1024, 256, 16): (_EIGHT,),
+    (2048, 512, 8): (_RAGGED,),
+}
 QUICK = {(256, 64, 64), (1024, 256, 16)}
 CLIPS = [
-    ClipCase(*shape, lengths, quick=shape in QUICK and lengths == (8,))
+    ClipCase(*shape, lengths, quick=shape in QUICK and lengths == _ONE)
     for shape in _SHAPES
-    for lengths in _LENGTHS
-    if len(lengths) < 8 or shape[0] == 64 or shape[2] < 64  # others of the largest maps would take minutes
-] + [ClipCase(3, 64, 256, lengths, taps=5, kernel=7, stride=2) for lengths in _LENGTHS if len(lengths) < 8]
+    for lengths in (_ONE, *_SEVERAL.get(shape, ()))
+] + [ClipCase(3, 64, 256, _ONE, taps=5, kernel=7, stride=2)]
 
 
 class Clips:

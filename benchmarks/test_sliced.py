@@ -10,11 +10,11 @@ import torch
 
 import adakernels as ak
 from benchmarks.dense import DENSE_FORMS, FORMATS
-from benchmarks.measure import contest, efficiency, medians
+from benchmarks.measure import MIN_ROUNDS, contest, efficiency, medians
 from benchmarks.sliced import Ada3DCase, ClipCase, Clips, FoldedI3D
 
-# Calls of the networks take seconds.
-NETWORK_ROUNDS = 7
+# A call of a network takes seconds for several clips.
+ROUNDS_OF_SEVERAL = 5
 WARM_UP = 2
 
 
@@ -57,7 +57,8 @@ def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
             {"ours": 1e-3},
             quick=quick,
             warm_up=WARM_UP,
-            min_rounds=NETWORK_ROUNDS,
+            min_rounds=ROUNDS_OF_SEVERAL if ada3d_case.clips > 1 else MIN_ROUNDS,
+            finalists=1,
         )
         count = ak.count_flops(model, clips, temporal, keep)
     work = float(count.actual.mean() / count.dense)

@@ -60,6 +60,7 @@ def test_slim_model(benchmark: Any, slim_model_case: SlimModelCase, quick: bool)
             expected,
             {"ours": 1e-3},
             quick=quick,
+            finalists=1,
         )
     seconds = medians(record)
     work = float(count.actual.mean()) / whole.dense

@@ -240,7 +240,7 @@ def test_floor_counts_bytes() -> None:
 
 def test_cases() -> None:
     known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY + cases.PATCHES
-    known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS]
+    known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS, *memory.MEMORY_3D]
     known += dynamic.LAYERS + dynamic.MODELS
     names = [f"{case.family}-{case.name}" for case in known]
     assert len(set(names)) == len(names)
