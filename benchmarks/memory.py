@@ -44,8 +44,6 @@ MEMORY_3D = [
     ClipMemoryCase(ClipCase(256, 64, 64, (8, 8))),
     ClipMemoryCase(ClipCase(256, 64, 64, (5, 8, 11))),
     ClipMemoryCase(SlimCase(64, 64, (1, 3, 3), 56, 8, 0.63)),
-    ClipMemoryCase(SlimCase(512, 128, (1, 1, 1), 28, 8, 0.63)),
-    ClipMemoryCase(DynamicCase("dynamic_conv3d", 64, 144, 16, 64, ((1, 1),))),
     ClipMemoryCase(DynamicCase("dynamic_conv3d", 128, 288, 8, 32, ((0, 0), (0, 1), (1, 0), (1, 1)))),
 ]
 CASES: list[MemoryCase | ClipMemoryCase] = [*MEMORY, *MEMORY_3D]
