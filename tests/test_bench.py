@@ -168,6 +168,34 @@ def test_fastest_variants_are_compared(clock: Clock, quick: bool) -> None:
     assert all(times["rounds"] == 15 for times in record["times"].values())
 
 
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_finalists_and_untimed_reshaping(clock: Clock, finalists: int) -> None:
+    seconds = {"x": 1.0, "y": 1.1, "z": 1.2}
+    groups = {
+        group: {
+            name: clock.runner(f"{group} {name}", time, [torch.ones(2)]) for name, time in seconds.items()
+        }
+        for group in ("dense", "ours")
+    }
+
+    def together(result: measure.Result) -> measure.Result:
+        clock.now += 1000
+        return torch.cat(tuple(result))
+
+    record = measure.contest(
+        FakeBenchmark(clock),
+        groups,
+        torch.ones(2),
+        {"ours": 1e-4},
+        quick=False,
+        finalists=finalists,
+        together=together,
+    )
+    kept = list(seconds)[:finalists]
+    assert set(record["times"]) == {f"{group} {name}" for group in groups for name in kept}
+    assert measure.medians(record) == pytest.approx({"dense": 1.0, "ours": 1.0})
+
+
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_wrong_result_has_no_speed(clock: Clock, wrong: float) -> None:
     with pytest.raises(AssertionError, match="result is off by"):
