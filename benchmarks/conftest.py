@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, dynamic, sliced, slim
+from benchmarks import cases, dynamic, memory, sliced, slim
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "model_case": cases.MODELS,
         "patch_case": cases.PATCHES,
         "memory_case": cases.MEMORY,
+        "clip_memory_case": memory.MEMORY_3D,
         "clip_case": sliced.CLIPS,
         "ada3d_case": sliced.MODELS,
         "slim_case": slim.SLIM,

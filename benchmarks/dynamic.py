@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import adakernels as ak
 from adakernels.models import VARed2R2Plus1d
-from adakernels.nn.folding import fold_batch_norm
 from adakernels.ops import dynamic_conv3d_flops
 from adakernels.ops.dynamic_conv3d import reconstruct_channels, reconstruct_frames
+from benchmarks.dense import FORMATS, DenseNetwork, in_form, sum_of_2d
+from benchmarks.measure import FORMATS as FRAME_FORMATS
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 LEVELS = 3
 
 
@@ -76,8 +76,9 @@ class DynamicCase:
 
 
 _GRID = tuple((t, c) for t in range(LEVELS) for c in range(LEVELS) if (t, c) != (0, 0))
+_FEW = ((1, 1), (1, 2))
 _MIXED = ((0, 0), (0, 1), (1, 0), (1, 1))
-# Channels in and out, frames, size, stride.
+# Channels in and out, frames, size, stride. Those in the middle are measured at all levels.
 _R2PLUS1D = (
     (64, 144, 16, 64, 1),
     (64, 230, 16, 64, 2),
@@ -96,11 +97,11 @@ LAYERS = [
         "dynamic_conv3d", ci, co, frames, size, levels, stride=stride, quick=ci == 128 and levels == ((1, 1),)
     )
     for ci, co, frames, size, stride in _R2PLUS1D
-    for levels in (*((pair,) for pair in _GRID if 2 ** pair[0] <= frames), _MIXED)
+    for levels in (*((pair,) for pair in (_GRID if ci in (128, 256) else _FEW)), *((_MIXED,) * (ci > 64)))
 ] + [
     DynamicCase("dynamic_x3d", ci, co, 16, size, levels, (kernel,) * 3, groups=groups)
     for ci, co, kernel, groups, size in _X3D
-    for levels in (((1, 0),), ((0, 1),), ((1, 1),), _MIXED)
+    for levels in ((((1, 0),), ((0, 1),), ((1, 1),), _MIXED) if size == 32 else (((1, 1),),))
 ]
 
 
@@ -128,10 +129,9 @@ class DynamicLayer:
     def in_format(self, name: str) -> DynamicLayer:
         """The same layer in the memory format of that name."""
         other = copy(self)
-        frame_format = torch.channels_last if name == "channels_last" else torch.contiguous_format
         other.input = self.input.contiguous(memory_format=FORMATS[name])
         other.weight = self.weight.contiguous(memory_format=FORMATS[name])
-        other.taps = [tap.contiguous(memory_format=frame_format) for tap in self.taps]
+        other.taps = [tap.contiguous(memory_format=FRAME_FORMATS[name]) for tap in self.taps]
         return other
 
     def dense(self) -> Tensor:
@@ -141,24 +141,12 @@ class DynamicLayer:
             self.input, self.weight, self.bias, case.strides, case.padding, groups=case.groups
         ).relu_()
 
-    def frame_by_frame(self) -> Tensor:
+    def summed(self) -> Tensor:
         """The same as a sum over temporal taps of 2D convolutions of all frames, then ReLU in place."""
-        case, centre = self.case, self.case.kernel[0] // 2
-        frames = self.input.transpose(1, 2)
-
-        def convolve(begin: int, end: int, tap: int) -> Tensor:
-            bias = self.bias if tap == centre else None
-            part = frames[:, begin:end].flatten(0, 1)
-            output = F.conv2d(part, self.taps[tap], bias, case.stride, case.padding[1:], groups=case.groups)
-            return output.unflatten(0, (len(frames), end - begin))
-
-        output = convolve(0, case.frames, centre)
-        for tap in range(case.kernel[0]):
-            shift = tap - centre
-            if shift != 0:
-                begin, end = max(0, -shift), min(case.frames, case.frames - shift)
-                output[:, begin:end] += convolve(begin + shift, end + shift, tap)
-        return output.relu_().transpose(1, 2)
+        case = self.case
+        return sum_of_2d(
+            self.input, self.taps, self.bias, case.stride, case.padding[1], groups=case.groups
+        ).relu_()
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and named arguments of the package's operator."""
@@ -256,42 +244,34 @@ def prepare(case: VARed2Case) -> tuple[VARed2R2Plus1d, Tensor, float]:
     return model, clips, share(high)
 
 
-class FoldedR2Plus1d:
-    """The plain network as fast as eager PyTorch runs it: batch norm folded, ReLU in place."""
+class FoldedR2Plus1d(DenseNetwork):
+    """The plain R(2+1)D network."""
 
-    def __init__(self, model: VARed2R2Plus1d, memory_format: torch.memory_format) -> None:
-        self.model, self.memory_format = model, memory_format
-        self.folded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._fold(model.stem[0], model.stem[1])
-        self._fold(model.stem[3], model.stem[4])
+    def __init__(self, model: VARed2R2Plus1d, form: str) -> None:
+        super().__init__(form)
+        self.model = model
+        self.fold(model.stem[0], model.stem[1])
+        self.fold(model.stem[3], model.stem[4])
         for block in self._blocks():
             for part in (block.conv1, block.conv2):
-                self._fold(part[0][0], part[0][1])
-                self._fold(part[0][3], part[1])
+                self.fold(part[0][0], part[0][1])
+                self.fold(part[0][3], part[1])
             if block.downsample is not None:
-                self._fold(block.downsample[0], block.downsample[1])
+                self.fold(block.downsample[0], block.downsample[1])
 
     def _blocks(self) -> list[Any]:
         return [block for stage in range(1, 5) for block in getattr(self.model, f"layer{stage}")]
 
-    def _fold(self, conv: Any, norm: Any) -> None:
-        with torch.no_grad():
-            weight, bias = fold_batch_norm(conv.weight, conv.bias, norm)
-        self.folded[conv] = weight.contiguous(memory_format=self.memory_format), bias
-
-    def _conv(self, conv: Any, input: Tensor) -> Tensor:
-        return F.conv3d(input, *self.folded[conv], conv.stride, conv.padding)
-
     def __call__(self, clips: Tensor) -> Tensor:  # [B, 3, T, H, W]
-        stem = self.model.stem
-        features = self._conv(stem[0], clips.contiguous(memory_format=self.memory_format)).relu_()
-        features = self._conv(stem[3], features).relu_()
+        stem, convs = self.model.stem, self.convs
+        features = convs[stem[0]](in_form(clips, self.form)).relu_()
+        features = convs[stem[3]](features).relu_()
         for block in self._blocks():
             branch = features
             for part in (block.conv1, block.conv2):
                 if part is block.conv2:
                     branch = branch.relu_()
-                branch = self._conv(part[0][3], self._conv(part[0][0], branch).relu_())
-            shortcut = features if block.downsample is None else self._conv(block.downsample[0], features)
+                branch = convs[part[0][3]](convs[part[0][0]](branch).relu_())
+            shortcut = features if block.downsample is None else convs[block.downsample[0]](features)
             features = branch.add_(shortcut).relu_()
         return self.model.fc(features.mean((2, 3, 4)))

@@ -15,6 +15,7 @@ MIN_ROUNDS = 15
 MAX_ROUNDS = 60
 WARM_UP = 3
 CONTENDER = 1.25
+FINALISTS = 2
 BUDGET = 0.5
 Result = Tensor | Sequence[Tensor]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -172,6 +173,8 @@ def contest(
     sample_time: float = 0.0,
     warm_up: int = WARM_UP,
     min_rounds: int = MIN_ROUNDS,
+    finalists: int = FINALISTS,
+    together: Callable[[Result], Result] | None = None,
 ) -> dict[str, Any]:
     """Race groups of variants, one of which is "ours", and return times and winners as parts of a record.
 
@@ -182,27 +185,33 @@ def contest(
         benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
         groups: callables by name of the variant (memory format), by name of the group.
         quick: race only the variant of each group that was fastest in the warm-up, and for 15 rounds;
-            otherwise all that came within 25 % of it, for half a second or 15 rounds, whichever is longer.
+            otherwise the `finalists` fastest, as far as they came within 25 % of it, for half a second or
+            15 rounds, whichever is longer.
         sample_time: as in `Race`.
         warm_up, min_rounds: laps before the race and in it at least, fewer than usual for calls of seconds.
+        together: brings what a variant returned into the form of `expected`, untimed.
     """
-    for group, tolerance in tolerances.items():
+
+    def check(result: Result, group: str) -> None:
+        assert_matches(together(result) if together else result, expected, tolerances[group])
+
+    for group in tolerances:
         for runner in groups[group].values():
-            assert_matches(runner(), expected, tolerance)
+            check(runner(), group)
     runners = {
         f"{group} {name}": runner for group, variants in groups.items() for name, runner in variants.items()
     }
     race = Race(runners, sample_time=sample_time)
     warm = race.warm_up(warm_up)
     for group in groups:
-        fastest = min(warm[name] for name in runners if name.startswith(group))
-        for name in runners:
-            if name.startswith(group) and warm[name] > fastest * (1 if quick else CONTENDER):
+        ranking = sorted((name for name in runners if name.startswith(group)), key=warm.__getitem__)
+        for place, name in enumerate(ranking):
+            if place >= (1 if quick else finalists) or warm[name] > warm[ranking[0]] * CONTENDER:
                 race.drop(name)
     subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
     lap_time = sum(warm[name] * race.calls[name] for name in race.runners)
     result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET, min_rounds))
-    assert_matches(result, expected, tolerances["ours"])
+    check(result, "ours")
 
     times = race.times()
     best = {

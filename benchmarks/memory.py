@@ -1,7 +1,7 @@
 """Peak memory of a call as the operating system sees it: PyTorch's tensors and native scratch alike.
 
-`python -m benchmarks.memory FORM FORMAT INDEX THREADS` measures one form of one case of `cases.MEMORY` in a
-process of its own, so that nothing an earlier call left in the heap can hide what this one takes.
+`python -m benchmarks.memory FORM FORMAT INDEX THREADS` measures one form of one case of `CASES` of its own,
+so that nothing an earlier call left in the heap can hide what this one takes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,55 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from benchmarks.cases import MEMORY, MemoryCase
+from benchmarks.dynamic import DynamicCase, DynamicLayer
+from benchmarks.layers import Layer
+from benchmarks.measure import Result
+from benchmarks.sliced import ClipCase, Clips
+from benchmarks.slim import SlimCase, SlimLayer
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class ClipMemoryCase:
+    """A layer over clips whose peak memory is measured."""
+
+    layer: ClipCase | DynamicCase | SlimCase
+    quick: bool = False
+
+    family = "memory"
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer.family}-{self.layer.name}"
+
+
+MEMORY_3D = [
+    ClipMemoryCase(ClipCase(256, 64, 64, (8, 8))),
+    ClipMemoryCase(ClipCase(256, 64, 64, (5, 8, 11))),
+    ClipMemoryCase(SlimCase(64, 64, (1, 3, 3), 56, 8, 0.63)),
+    ClipMemoryCase(DynamicCase("dynamic_conv3d", 128, 288, 8, 32, ((0, 0), (0, 1), (1, 0), (1, 1)))),
+]
+CASES: list[MemoryCase | ClipMemoryCase] = [*MEMORY, *MEMORY_3D]
+
+
+def clip_runner(
+    case: ClipCase | DynamicCase | SlimCase, form: str, memory_format: str
+) -> Callable[[], Result]:
+    """The call of a form ("dense", "masked" or "ours") of a layer in a memory format."""
+    if isinstance(case, SlimCase):
+        slim = SlimLayer(case)
+        forms = {"dense": slim.dense, "masked": slim.sliced, "ours": slim.ours}
+        return forms[form]()[memory_format]
+    layer = Clips(case) if isinstance(case, ClipCase) else DynamicLayer(case)
+    runner: Callable[[], Result] = getattr(layer.in_format(memory_format), form)
+    return runner
 
 
 def available() -> bool:
@@ -65,18 +110,20 @@ def peak_in_fresh_process(form: str, memory_format: str, index: int, threads: in
 
 def main(form: str, memory_format: str, index: str, threads: str) -> None:
     """Warm the code up on a small input, then measure the full one: scratch that is kept counts as well."""
-    import torch
-
-    from benchmarks.cases import MEMORY
-    from benchmarks.layers import Layer
-
     torch.set_num_threads(int(threads))
-    case = MEMORY[int(index)]
+    case = CASES[int(index)]
+    runner: Callable[[], Result]
     with torch.inference_mode():
-        small = Layer(replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2))
+        if isinstance(case, ClipMemoryCase):
+            warm = clip_runner(replace(case.layer, size=8), form, memory_format)
+            runner = clip_runner(case.layer, form, memory_format)
+        else:
+            small = Layer(replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2))
+            warm = getattr(small.in_format(memory_format), form)
+            runner = getattr(Layer(case).in_format(memory_format), form)
         for _ in range(3):
-            getattr(small.in_format(memory_format), form)()
-        print(peak_of_call(getattr(Layer(case).in_format(memory_format), form)))
+            warm()
+        print(peak_of_call(runner))
 
 
 if __name__ == "__main__":

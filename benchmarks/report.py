@@ -497,7 +497,7 @@ def rewrite_pages(root: Path, file: Path) -> list[Path]:
 def _measured_section(results: Results, file: Path, page: Path) -> str:
     link, picture = (os.path.relpath(path, page.parent) for path in (file, file.with_suffix(".png")))
     return (
-        f"Measured on: {describe(results)}. A clip has {CLIP} frames. "
+        f"Measured on: {describe(results)}. Clips of gated layers and AdaFuse have {CLIP} frames. "
         f"Source of every number: [`{link}`]({link}).\n\n"
         f"{render_markdown(summarise(results['records']))}\n\n![time against work, and efficiency]({picture})"
     )

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import adakernels as ak
 from adakernels.models import Ada3DResNet
-from adakernels.nn.folding import fold_batch_norm
-
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-FRAME_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+from benchmarks.dense import FORMATS, DenseNetwork, in_form, sum_of_2d
+from benchmarks.measure import FORMATS as FRAME_FORMATS
+from benchmarks.measure import Result
 
 
 @dataclass(frozen=True)
@@ -67,18 +66,28 @@ _SHAPES = (
     (1024, 512, 16),
     (2048, 512, 8),
 )
-_LENGTHS = ((8,), (8,) * 8, (5, 8, 11, 16))
+_ONE, _EIGHT, _RAGGED = (8,), (8,) * 8, (5, 8, 11, 16)
+# Others would take minutes.
+_SEVERAL = {
+    (64, 64, 64): (_EIGHT, _RAGGED),
+    (512, 128, 32): (_RAGGED,),
+    (1024, 256, 16): (_EIGHT,),
+    (2048, 512, 8): (_RAGGED,),
+}
 QUICK = {(256, 64, 64), (1024, 256, 16)}
 CLIPS = [
-    ClipCase(*shape, lengths, quick=shape in QUICK and lengths == (8,))
+    ClipCase(*shape, lengths, quick=shape in QUICK and lengths == _ONE)
     for shape in _SHAPES
-    for lengths in _LENGTHS
-    if len(lengths) < 8 or shape[0] == 64 or shape[2] < 64  # others of the largest maps would take minutes
-] + [ClipCase(3, 64, 256, lengths, taps=5, kernel=7, stride=2) for lengths in _LENGTHS if len(lengths) < 8]
+    for lengths in (_ONE, *_SEVERAL.get(shape, ()))
+] + [ClipCase(3, 64, 256, _ONE, taps=5, kernel=7, stride=2)]
 
 
 class Clips:
-    """Random clips, weights and flags of a case; ragged ones are packed."""
+    """Random clips, weights and flags of a case.
+
+    `clips` has what a plain convolution takes in one call: all clips, or each of the ragged ones, which are
+    packed for our operator.
+    """
 
     def __init__(self, case: ClipCase) -> None:
         self.case = case
@@ -97,12 +106,16 @@ class Clips:
             clips = torch.randn(len(case.lengths), case.lengths[0], *image, generator=random)
             self.input = clips.transpose(1, 2).contiguous()
         self.taps = [self.weight[:, :, j].contiguous() for j in range(case.taps)]
+        self.clips = [self.input]
+        if case.ragged:
+            self.clips = [clip.transpose(0, 1)[None].contiguous() for clip in self.input.split(case.lengths)]
 
     def in_format(self, name: str) -> Clips:
         """The same clips in the memory format of that name."""
         other = copy(self)
         order = FRAME_FORMATS[name] if self.case.ragged else FORMATS[name]
         other.input = self.input.contiguous(memory_format=order)
+        other.clips = [clip.contiguous(memory_format=FORMATS[name]) for clip in self.clips]
         other.weight = self.weight.contiguous(memory_format=FORMATS[name])
         other.taps = [tap.contiguous(memory_format=FRAME_FORMATS[name]) for tap in self.taps]
         return other
@@ -114,78 +127,62 @@ class Clips:
         done = sum(length * (1 if whole else 1 / self.case.taps) for length, whole in pairs)
         return done / sum(self.case.lengths)
 
-    def _batches(self) -> list[Tensor]:
-        """Clips of one length together: packed ones are views of [1, C, T, H, W]."""
-        if not self.case.ragged:
-            return [self.input]
-        return [clip.transpose(0, 1)[None] for clip in self.input.split(self.case.lengths)]
-
-    def _together(self, batches: Sequence[Tensor]) -> Tensor:
-        if not self.case.ragged:
-            return batches[0]
-        return torch.cat([clip[0].transpose(0, 1) for clip in batches])
-
-    def dense(self) -> Tensor:
+    def dense(self) -> list[Tensor]:
         """All temporal taps by the 3D convolution, then ReLU in place."""
         case = self.case
-        return self._together(
-            [F.conv3d(x, self.weight, self.bias, case.strides, case.padding).relu_() for x in self._batches()]
-        )
+        return [F.conv3d(x, self.weight, self.bias, case.strides, case.padding).relu_() for x in self.clips]
 
-    def summed(self) -> Tensor:
+    def summed(self) -> list[Tensor]:
         """All temporal taps as a sum of 2D convolutions of all frames, then ReLU in place."""
-        case, centre = self.case, self.case.taps // 2
-        outputs = []
-        for clips in self._batches():
-            length = clips.shape[2]
-            frames = clips.transpose(1, 2)
+        case = self.case
+        return [sum_of_2d(x, self.taps, self.bias, case.stride, case.kernel // 2).relu_() for x in self.clips]
 
-            def convolve(begin: int, end: int, tap: int, frames: Tensor = frames) -> Tensor:
-                bias = self.bias if tap == centre else None
-                part = frames[:, begin:end].flatten(0, 1)
-                output = F.conv2d(part, self.taps[tap], bias, case.stride, case.kernel // 2)
-                return output.unflatten(0, (len(frames), end - begin))
-
-            output = convolve(0, length, centre)
-            for tap in range(case.taps):
-                shift = tap - centre
-                if shift != 0 and abs(shift) < length:
-                    begin, end = max(0, -shift), min(length, length - shift)
-                    output[:, begin:end] += convolve(begin + shift, end + shift, tap)
-            outputs.append(output.relu_().transpose(1, 2))
-        return self._together(outputs)
-
-    def masked(self) -> Tensor:
+    def masked(self) -> list[Tensor]:
         """The same math as ours by both convolutions of everything and a mask."""
         case, centre = self.case, self.case.taps // 2
         middle = self.weight[:, :, centre : centre + 1]
         flags = self.temporal[:, None, None, None, None]
         parts = flags.split(1) if case.ragged else [flags]
         outputs = []
-        for clips, flag in zip(self._batches(), parts, strict=True):
+        for clips, flag in zip(self.clips, parts, strict=True):
             whole = F.conv3d(clips, self.weight, self.bias, case.strides, case.padding)
             flat = F.conv3d(clips, middle, self.bias, case.strides, (0, *case.padding[1:]))
             outputs.append(torch.where(flag, whole, flat).relu_())
-        return self._together(outputs)
+        return outputs
+
+    def together(self, output: Result) -> Result:
+        """What any of the forms returned as our operator returns it: ragged clips packed."""
+        if isinstance(output, Tensor):
+            return output
+        if not self.case.ragged:
+            return output[0]
+        return torch.cat([clip[0].transpose(0, 1) for clip in output])
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and named arguments of the package's operator."""
+        case = self.case
+        named = {
+            "stride": case.strides,
+            "padding": case.padding,
+            "frame_offsets": self.offsets,
+            "activation": "relu",
+        }
+        return (self.input, self.weight, self.bias, self.temporal), named
 
     def ours(self) -> Tensor:
         """The package's operator, flags and offsets included."""
-        case = self.case
-        return ak.sliced_conv3d(
-            self.input,
-            self.weight,
-            self.bias,
-            self.temporal,
-            stride=case.strides,
-            padding=case.padding,
-            frame_offsets=self.offsets,
-            activation="relu",
-        )
+        positional, named = self.arguments()
+        return ak.sliced_conv3d(*positional, **named)
 
     def reference(self) -> Tensor:
         """The operator's reference."""
         with ak.use_backend("reference"):
             return self.ours()
+
+    def backend(self) -> str | None:
+        """The backend that runs the operator."""
+        positional, named = self.arguments()
+        return ak.explain(ak.sliced_conv3d, *positional, **named).backend
 
 
 @dataclass(frozen=True)
@@ -217,38 +214,30 @@ class Ada3DCase:
 MODELS = [Ada3DCase(1), Ada3DCase(8)]
 
 
-class FoldedI3D:
-    """The plain network as fast as eager PyTorch runs it: batch norm folded, ReLU in place."""
+class FoldedI3D(DenseNetwork):
+    """The plain I3D network."""
 
-    def __init__(self, model: Ada3DResNet, memory_format: torch.memory_format) -> None:
-        self.model, self.memory_format = model, memory_format
-        self.folded: dict[nn.Conv3d, tuple[Tensor, Tensor]] = {}
-        self._fold(model.conv1, model.bn1)
-        for number in range(1, 5):
-            for block in model.stage(number):
-                pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)]
-                if block.downsample is not None:
-                    pairs.append((block.downsample[0], block.downsample[1]))
-                for conv, norm in pairs:
-                    self._fold(conv, norm)
+    def __init__(self, model: Ada3DResNet, form: str) -> None:
+        super().__init__(form)
+        self.model = model
+        self.fold(model.conv1, model.bn1)
+        for block in self._blocks():
+            self.fold(block.conv1, block.bn1)
+            self.fold(block.conv2, block.bn2)
+            self.fold(block.conv3, block.bn3)
+            if block.downsample is not None:
+                self.fold(block.downsample[0], block.downsample[1])
 
-    def _fold(self, conv: nn.Conv3d, norm: nn.BatchNorm3d) -> None:
-        with torch.no_grad():
-            weight, bias = fold_batch_norm(conv.weight, conv.bias, norm)
-        self.folded[conv] = weight.contiguous(memory_format=self.memory_format), bias
-
-    def _conv(self, conv: nn.Conv3d, input: Tensor) -> Tensor:
-        return F.conv3d(input, *self.folded[conv], conv.stride, conv.padding)
+    def _blocks(self) -> list[Any]:
+        return [block for number in range(1, 5) for block in self.model.stage(number)]
 
     def __call__(self, clips: Tensor) -> Tensor:  # [B, 3, T, H, W]
-        model = self.model
-        features = self._conv(model.conv1, clips.contiguous(memory_format=self.memory_format)).relu_()
-        features = F.max_pool3d(features, (1, 3, 3), (1, 2, 2), (0, 1, 1))
-        for number in range(1, 5):
-            for block in model.stage(number):
-                branch = self._conv(block.conv1, features).relu_()
-                branch = self._conv(block.conv2, branch).relu_()
-                branch = self._conv(block.conv3, branch)
-                shortcut = features if block.downsample is None else self._conv(block.downsample[0], features)
-                features = branch.add_(shortcut).relu_()
-        return model.fc(features.mean((2, 3, 4)))
+        convs = self.convs
+        features = self.pool(convs[self.model.conv1](in_form(clips, self.form)).relu_())
+        for block in self._blocks():
+            branch = convs[block.conv1](features).relu_()
+            branch = convs[block.conv2](branch).relu_()
+            branch = convs[block.conv3](branch)
+            shortcut = features if block.downsample is None else convs[block.downsample[0]](features)
+            features = branch.add_(shortcut).relu_()
+        return self.model.fc(features.mean((2, 3, 4)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +18,8 @@ from adakernels.models import A3DSlow
 from adakernels.models._layers import make_divisible
 from adakernels.models.a3d import SlimBottleneck
 from adakernels.nn import SlimConv3d
-from adakernels.nn.folding import fold_batch_norm
+from benchmarks.dense import DENSE_FORMS, FORMATS, DenseConv, DenseNetwork, in_form
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 WIDTHS = (0.5, 0.63, 0.83)
 
 
@@ -139,47 +138,6 @@ SLIM_MODELS = [
 Runner = Callable[[], Tensor]
 
 
-class DenseConv:
-    """A plain convolution over clips, in the fastest of the ways that PyTorch has for it.
-
-    "contiguous" and "channels_last" are `F.conv3d`. Where the kernel has no extent in time, or only that,
-    "channels_last_2d" is `F.conv2d` on frames, or on maps of time by all pixels; both are views.
-    """
-
-    def __init__(
-        self,
-        form: str,
-        weight: Tensor,  # [C_out, C_in, kt, kh, kw]
-        bias: Tensor,  # [C_out]
-        stride: Sequence[int],
-    ) -> None:
-        padding = [size // 2 for size in weight.shape[2:]]
-        self.flat = ""
-        if form == "channels_last_2d":
-            self.flat = "frames" if weight.shape[2] == 1 else "columns" if weight.shape[3] == 1 else ""
-        if self.flat == "frames":
-            weight, stride, padding = weight[:, :, 0], stride[1:], padding[1:]
-        elif self.flat == "columns":
-            weight, stride, padding = weight[..., 0], stride[:2], padding[:2]
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        order = torch.contiguous_format if form == "contiguous" else formats[weight.dim()]
-        self.weight, self.bias = weight.contiguous(memory_format=order), bias
-        self.stride, self.padding = stride, padding
-
-    def __call__(self, input: Tensor) -> Tensor:  # [B, C_in, T, H, W]
-        if self.flat == "frames":
-            frames = input.transpose(1, 2).flatten(0, 1)
-            output = F.conv2d(frames, self.weight, self.bias, self.stride, self.padding)
-            return output.unflatten(0, (input.shape[0], input.shape[2])).transpose(1, 2)
-        if self.flat == "columns":
-            output = F.conv2d(input.flatten(3), self.weight, self.bias, self.stride, self.padding)
-            return output.unflatten(3, input.shape[3:])
-        return F.conv3d(input, self.weight, self.bias, self.stride, self.padding)
-
-
-DENSE_FORMS = ("contiguous", "channels_last", "channels_last_2d")
-
-
 class SlimLayer:
     """A layer in its three forms: allocated at the width, sliced in every call as done today, and ours."""
 
@@ -209,9 +167,6 @@ class SlimLayer:
         parts = [weight[: self.count, start:stop] for start, stop in self.case.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _input(self, form: str) -> Tensor:
-        return self.input.contiguous(memory_format=FORMATS[form.removesuffix("_2d")])
-
     def dense(self) -> dict[str, Runner]:
         """A layer that has the slimmed channels only."""
 
@@ -220,7 +175,7 @@ class SlimLayer:
 
         weight, bias = self._weight(self.conv.weight).detach(), self.bias.detach()
         return {
-            form: partial(run, DenseConv(form, weight, bias, self.stride), self._input(form))
+            form: partial(run, DenseConv(form, weight, bias, self.stride), in_form(self.input, form))
             for form in DENSE_FORMS
         }
 
@@ -233,14 +188,14 @@ class SlimLayer:
 
         weight = self.conv.weight.detach()
         return {
-            form: partial(run, self._input(form), weight.contiguous(memory_format=order))
+            form: partial(run, in_form(self.input, form), weight.contiguous(memory_format=order))
             for form, order in FORMATS.items()
         }
 
     def ours(self) -> dict[str, Runner]:
         """The package's module."""
         arguments = {"out_channels": self.count, "segments": self.case.segments}
-        return {form: partial(self.conv, self._input(form), **arguments) for form in FORMATS}
+        return {form: partial(self.conv, in_form(self.input, form), **arguments) for form in FORMATS}
 
     def reference(self) -> Tensor:
         """The operator's reference."""
@@ -254,37 +209,35 @@ class SlimLayer:
         return ak.explain(ak.slim_conv3d, self.input, self.conv.weight, padding=padding, **arguments).backend
 
 
-class DenseSlow:
-    """The whole Slow-R50 as fast as eager PyTorch runs it: folded batch norm, ReLU in place."""
+class DenseSlow(DenseNetwork):
+    """The whole Slow-R50."""
 
     def __init__(self, model: A3DSlow, form: str) -> None:
-        self.form = form
-        self.stem = self._fold(model.slow.stem)
-        self.blocks = []
+        super().__init__(form)
+        self.model = model
+        self._add(model.slow.stem)
+        self.blocks: list[SlimBottleneck] = []
         for stage in model.slow.stages():
             for block in stage:
                 assert isinstance(block, SlimBottleneck)
-                convs = [self._fold(conv) for conv in (block.conv1, block.conv2, block.conv3)]
-                shortcut = None if block.downsample is None else self._fold(block.downsample)
-                self.blocks.append((convs, shortcut))
-        self.fc = model.fc
+                for conv in (block.conv1, block.conv2, block.conv3, block.downsample):
+                    if conv is not None:
+                        self._add(conv)
+                self.blocks.append(block)
 
-    def _fold(self, conv: SlimConv3d) -> DenseConv:
-        norm = conv.norm
-        assert isinstance(norm, nn.BatchNorm3d)
-        with torch.no_grad():
-            weight, bias = fold_batch_norm(conv.weight, None, norm)
-        return DenseConv(self.form, weight, bias, conv.stride)
+    def _add(self, conv: SlimConv3d) -> None:
+        assert isinstance(conv.norm, nn.BatchNorm3d)
+        self.fold(conv, conv.norm)
 
     def __call__(self, clips: Tensor) -> Tensor:  # [B, 3, T, H, W]
-        features = clips.contiguous(memory_format=FORMATS[self.form.removesuffix("_2d")])
-        features = self.stem(features).relu_()
-        frames = F.max_pool2d(features.transpose(1, 2).flatten(0, 1), 3, stride=2, padding=1)
-        features = frames.unflatten(0, (clips.shape[0], -1)).transpose(1, 2)
-        for (conv1, conv2, conv3), shortcut in self.blocks:
-            branch = conv3(conv2(conv1(features).relu_()).relu_())
-            features = branch.add_(features if shortcut is None else shortcut(features)).relu_()
-        return F.linear(features.mean((2, 3, 4)), self.fc.weight, self.fc.bias)
+        convs = self.convs
+        features = self.pool(convs[self.model.slow.stem](in_form(clips, self.form)).relu_())
+        for block in self.blocks:
+            branch = convs[block.conv2](convs[block.conv1](features).relu_()).relu_()
+            branch = convs[block.conv3](branch)
+            shortcut = features if block.downsample is None else convs[block.downsample](features)
+            features = branch.add_(shortcut).relu_()
+        return F.linear(features.mean((2, 3, 4)), self.model.fc.weight, self.model.fc.bias)
 
 
 def render_slim(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import adakernels as ak
 from benchmarks import memory
-from benchmarks.cases import INFERENCE_CALLS, MEMORY, TINY, TRAINING_CALLS, MemoryCase
+from benchmarks.cases import INFERENCE_CALLS, TINY, TRAINING_CALLS, MemoryCase
 from benchmarks.layers import Layer
 from benchmarks.measure import FORMATS, Race, assert_matches
 from benchmarks.test_layers import describe
@@ -66,16 +66,44 @@ def test_peak_memory(benchmark: Any, memory_case: MemoryCase, threads: int, quic
         for layer in layers.values():
             assert_matches(getattr(layer, form)(), expected)
         benchmark.pedantic(getattr(layers["channels_last"], form), rounds=3, warmup_rounds=1)
-    index = MEMORY.index(memory_case)
+    benchmark.extra_info.update(describe(memory_case, plain))
+    _report(
+        benchmark, memory_case, ("dense", form) if quick else ("dense", "masked", form), expected, threads
+    )
+
+
+@pytest.mark.skipif(not memory.available(), reason="peak memory is read from Linux's /proc/self/clear_refs")
+def test_peak_memory_of_clips(benchmark: Any, clip_memory_case: memory.ClipMemoryCase, threads: int) -> None:
+    """The same for the layers over clips, 3D convolutions."""
+    case = clip_memory_case.layer
+    with torch.inference_mode():
+        runners = {name: memory.clip_runner(case, "ours", name) for name in FORMATS}
+        with ak.use_backend("reference"):
+            expected = runners["contiguous"]()
+        assert isinstance(expected, torch.Tensor)
+        for runner in runners.values():
+            assert_matches(runner(), expected)
+        benchmark.pedantic(runners["channels_last"], rounds=3, warmup_rounds=1)
+    benchmark.extra_info.update(family=clip_memory_case.family, case=clip_memory_case.name)
+    _report(benchmark, clip_memory_case, ("dense", "ours"), expected, threads)
+
+
+def _report(
+    benchmark: Any,
+    case: MemoryCase | memory.ClipMemoryCase,
+    forms: tuple[str, ...],
+    expected: torch.Tensor,
+    threads: int,
+) -> None:
+    index = memory.CASES.index(case)
     peaks = {
         f"{one} {name}": memory.peak_in_fresh_process(one, name, index, threads)
-        for one in (("dense", form) if quick else ("dense", "masked", form))
+        for one in forms
         for name in FORMATS
     }
     benchmark.group = "memory"
     benchmark.extra_info.update(
-        describe(memory_case, plain),
         peak_bytes=peaks,
         output_bytes=expected.numel() * expected.element_size(),
-        memory_ratio=max(peaks[f"{form} {name}"] / peaks[f"dense {name}"] for name in FORMATS),
+        memory_ratio=max(peaks[f"{forms[-1]} {name}"] / peaks[f"dense {name}"] for name in FORMATS),
     )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 import adakernels as ak
-from benchmarks.measure import contest, efficiency, medians
-from benchmarks.sliced import FORMATS, Ada3DCase, ClipCase, Clips, FoldedI3D
+from benchmarks.dense import DENSE_FORMS, FORMATS
+from benchmarks.measure import MIN_ROUNDS, contest, efficiency, medians
+from benchmarks.sliced import Ada3DCase, ClipCase, Clips, FoldedI3D
 
-# The calls take up to half a second, those of the networks up to five.
-MIN_ROUNDS = 5
+# A call of a network takes seconds for several clips.
+ROUNDS_OF_SEVERAL = 5
 WARM_UP = 2
 
 
@@ -30,9 +31,10 @@ def test_clips(benchmark: Any, clip_case: ClipCase, quick: bool) -> None:
         expected = plain.reference()
         tolerances = {"ours": 1e-4, "masked": 1e-4}
         record = contest(
-            benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP, min_rounds=MIN_ROUNDS
+            benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP, together=plain.together
         )
-    _report(benchmark, clip_case, record, plain.work, shape=asdict(clip_case))
+    facts = {"shape": asdict(clip_case), "backend": plain.backend()}
+    _report(benchmark, clip_case, record, plain.work, **facts)
 
 
 def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
@@ -41,16 +43,22 @@ def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
     model = ak.models.ada3d_i3d_resnet50().eval()
     clips = torch.randn(ada3d_case.clips, 3, 8, 256, 256)
     temporal, keep = ada3d_case.policies()
-    dense = {name: FoldedI3D(model, order) for name, order in FORMATS.items()}
     groups = {
-        "dense": {name: partial(network, clips) for name, network in dense.items()},
+        "dense": {form: partial(FoldedI3D(model, form), clips) for form in DENSE_FORMS},
         "ours": {"channels_last": partial(model, clips, temporal, keep)},
     }
     with torch.inference_mode():
         with ak.use_backend("reference"):
             expected = model(clips, temporal, keep)
         record = contest(
-            benchmark, groups, expected, {"ours": 1e-3}, quick=quick, warm_up=WARM_UP, min_rounds=MIN_ROUNDS
+            benchmark,
+            groups,
+            expected,
+            {"ours": 1e-3},
+            quick=quick,
+            warm_up=WARM_UP,
+            min_rounds=ROUNDS_OF_SEVERAL if ada3d_case.clips > 1 else MIN_ROUNDS,
+            finalists=1,
         )
         count = ak.count_flops(model, clips, temporal, keep)
     work = float(count.actual.mean() / count.dense)
@@ -65,7 +73,6 @@ def _report(
     benchmark.extra_info.update(
         family=case.family,
         case=case.name,
-        backend="cpu",
         **facts,
         **record,
         work_ratio=work,

@@ -39,6 +39,7 @@ from benchmarks import (  # noqa: E402
     slim,
 )
 from benchmarks.cases import KEEP, REUSE, SKIP, ConvShape, LayerCase  # noqa: E402
+from benchmarks.dense import DENSE_FORMS, FORMATS  # noqa: E402
 from benchmarks.layers import Layer  # noqa: E402
 from benchmarks.patches import Patches  # noqa: E402
 
@@ -167,6 +168,34 @@ def test_fastest_variants_are_compared(clock: Clock, quick: bool) -> None:
     assert all(times["rounds"] == 15 for times in record["times"].values())
 
 
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_finalists_and_untimed_reshaping(clock: Clock, finalists: int) -> None:
+    seconds = {"x": 1.0, "y": 1.1, "z": 1.2}
+    groups = {
+        group: {
+            name: clock.runner(f"{group} {name}", time, [torch.ones(2)]) for name, time in seconds.items()
+        }
+        for group in ("dense", "ours")
+    }
+
+    def together(result: measure.Result) -> measure.Result:
+        clock.now += 1000
+        return torch.cat(tuple(result))
+
+    record = measure.contest(
+        FakeBenchmark(clock),
+        groups,
+        torch.ones(2),
+        {"ours": 1e-4},
+        quick=False,
+        finalists=finalists,
+        together=together,
+    )
+    kept = list(seconds)[:finalists]
+    assert set(record["times"]) == {f"{group} {name}" for group in groups for name in kept}
+    assert measure.medians(record) == pytest.approx({"dense": 1.0, "ours": 1.0})
+
+
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_wrong_result_has_no_speed(clock: Clock, wrong: float) -> None:
     with pytest.raises(AssertionError, match="result is off by"):
@@ -239,7 +268,7 @@ def test_floor_counts_bytes() -> None:
 
 def test_cases() -> None:
     known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY + cases.PATCHES
-    known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS]
+    known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS, *memory.MEMORY_3D]
     known += dynamic.LAYERS + dynamic.MODELS
     names = [f"{case.family}-{case.name}" for case in known]
     assert len(set(names)) == len(names)
@@ -288,7 +317,7 @@ def test_dense_slow_is_the_network_at_full_budget() -> None:
         torch.nn.init.normal_(norm.running_mean)
     clip = torch.randn(1, 3, 2, 40, 40)
     with torch.inference_mode():
-        for form in slim.DENSE_FORMS:
+        for form in DENSE_FORMS:
             measure.assert_matches(slim.DenseSlow(model, form)(clip), model(clip), 1e-3)
 
 
@@ -368,14 +397,15 @@ def test_clip_forms_agree(lengths: tuple[int, ...]) -> None:
     twos = sum(lengths[::2])
     assert plain.work == pytest.approx(1 - twos / sum(lengths) * 2 / 3)
     with torch.inference_mode():
-        expected, dense = plain.reference(), plain.dense()
+        expected, dense = plain.reference(), plain.together(plain.dense())
         assert not torch.allclose(expected, dense)
-        for name in sliced.FORMATS:
+        for name, order in FORMATS.items():
             form = plain.in_format(name)
+            assert all(clip.is_contiguous(memory_format=order) for clip in form.clips)
             measure.assert_matches(form.ours(), expected)
-            measure.assert_matches(form.masked(), expected)
-            measure.assert_matches(form.dense(), dense)
-            measure.assert_matches(form.summed(), dense)
+            measure.assert_matches(plain.together(form.masked()), expected)
+            measure.assert_matches(plain.together(form.dense()), dense)
+            measure.assert_matches(plain.together(form.summed()), dense)
 
 
 def test_folded_i3d_is_the_network() -> None:
@@ -387,8 +417,8 @@ def test_folded_i3d_is_the_network() -> None:
             module.running_var.uniform_(0.5, 1.5)
     frames = torch.randn(1, 3, 3, 32, 32)
     with torch.inference_mode():
-        for order in sliced.FORMATS.values():
-            measure.assert_matches(sliced.FoldedI3D(model, order)(frames), model(frames), 1e-4)
+        for form in DENSE_FORMS:
+            measure.assert_matches(sliced.FoldedI3D(model, form)(frames), model(frames), 1e-4)
 
 
 @pytest.mark.parametrize("case", sliced.MODELS, ids=lambda case: case.name)

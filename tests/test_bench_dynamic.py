@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import dynamic, measure, report
+from benchmarks.dense import DENSE_FORMS, FORMATS
 from benchmarks.dynamic import DynamicCase, DynamicLayer, VARed2Case
 
 
@@ -21,11 +22,11 @@ def test_layer_forms_agree(kernel: tuple[int, int, int], groups: int) -> None:
     plain = DynamicLayer(DynamicCase("dynamic_conv3d", 6, 12, 5, 8, levels, kernel, stride=2, groups=groups))
     assert plain.case.out_size == 4
     dense = plain.dense()
-    for name in dynamic.FORMATS:
+    for name in FORMATS:
         form = plain.in_format(name)
         for forward in (form.ours, form.masked):
             measure.assert_matches(forward(), plain.reference())
-        for forward in (form.dense, form.frame_by_frame):
+        for forward in (form.dense, form.summed):
             measure.assert_matches(forward(), dense)
 
 
@@ -42,8 +43,8 @@ def test_plain_network_and_share_of_work() -> None:
     assert abs(share - small.work) < 0.03
     with torch.inference_mode():
         expected = model(clips, {})
-        for order in dynamic.FORMATS.values():
-            measure.assert_matches(dynamic.FoldedR2Plus1d(model, order)(clips), expected, 1e-3)
+        for form in DENSE_FORMS:
+            measure.assert_matches(dynamic.FoldedR2Plus1d(model, form)(clips), expected, 1e-3)
 
 
 def test_table() -> None:
