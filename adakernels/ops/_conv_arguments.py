@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -159,6 +160,44 @@ def empty_output(
     return empty_in_format(input, (input.shape[0], channels, *size))
 
 
+def empty_gradients(
+    input: Tensor,  # [N, C_in, ...]
+    weight: Tensor,  # [C_out, C_in/groups, ...]
+    grad_input: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a convolution's gradients are before they are filled; [0] for one that is not wanted."""
+    return (
+        empty_in_format(input, input.shape if grad_input else (0,)),
+        weight.new_empty(weight.shape if grad_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if grad_bias else (0,)),
+    )
+
+
+def dense_flops(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    """The dense count of a convolution, a multiply-add as two, for `flop_formula`."""
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+
+
+def dense_backward_flops(
+    grad_shape: Sequence[int],
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The same for its gradients, of an operator whose last arguments say which of the three are wanted."""
+    grad_input, grad_weight = args[-3:-1]
+    return (grad_input + grad_weight) * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+
+
 def activate(input: Tensor, activation: str | None, inplace: bool = False) -> Tensor:
     """Apply an activation by name."""
     if activation == "relu":
@@ -168,6 +207,11 @@ def activate(input: Tensor, activation: str | None, inplace: bool = False) -> Te
     if activation == "silu":
         return F.silu(input, inplace)
     return input
+
+
+def kept_output(output: Tensor, activation: str | None) -> Tensor | None:
+    """What `before_activation` wants kept of an activation's result."""
+    return output if activation in ("relu", "relu6") else None
 
 
 def before_activation(

@@ -92,9 +92,21 @@ def flop_formula(op: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 
 def register_gradient(
-    name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    made_by: Sequence[str] = (),
 ) -> None:
-    """Give an operator its gradient: for the dispatcher, as `torch.library` does, and for `call`."""
+    """Give an operator its gradient: for the dispatcher, as `torch.library` does, and for `call`.
+
+    The operators that make it, `made_by` (default: `<name>_backward`), refuse to have one themselves.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{name}: no second derivative; adakernels.use_backend('reference') has it")
+
+    for maker in made_by or (f"{name}_backward",):
+        torch.library.register_autograd(f"adakernels::{maker}", refuse, lib=library)
     torch.library.register_autograd(f"adakernels::{name}", backward, setup_context=setup_context, lib=library)
     op = getattr(torch.ops.adakernels, name).default
     methods = {

@@ -24,7 +24,9 @@ from adakernels.ops._conv_arguments import (
     can_run_cpu,
     can_run_triton,
     conv_arguments,
+    dense_flops,
     empty_output,
+    kept_output,
 )
 from adakernels.ops._layout import dense, empty_in_format
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
@@ -193,7 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, stride, padding, dilation, groups, activation = inputs
     ctx.conv = stride, padding, dilation, groups
     ctx.activation = ACTIVATIONS[activation]
-    ctx.save_for_backward(*tensors, output if ctx.activation in ("relu", "relu6") else None)
+    ctx.save_for_backward(*tensors, kept_output(output, ctx.activation))
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -209,23 +211,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("dynamic_conv3d: no second derivative; adakernels.use_backend('reference') has it")
-
-
 register_gradient("dynamic_conv3d", _backward, _setup_context)
-torch.library.register_autograd("adakernels::dynamic_conv3d_backward", _refuse_double_backward, lib=library)
 
 
-@flop_formula(torch.ops.adakernels.dynamic_conv3d)
-def _dense_flops(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    *args: Any,
-    out_shape: Sequence[int],
-    **kwargs: Any,
-) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+flop_formula(torch.ops.adakernels.dynamic_conv3d)(dense_flops)
 
 
 @flop_formula(torch.ops.adakernels.dynamic_conv3d_backward)

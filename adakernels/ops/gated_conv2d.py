@@ -23,10 +23,14 @@ from adakernels.ops._conv_arguments import (
     can_run_cpu,
     can_run_triton,
     conv_arguments,
+    dense_backward_flops,
+    dense_flops,
+    empty_gradients,
     empty_output,
+    kept_output,
     one_group_or_all,
 )
-from adakernels.ops._layout import dense, empty_in_format
+from adakernels.ops._layout import dense
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
@@ -99,17 +103,13 @@ def _backward_fake(
     grad_weight: bool,
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        empty_in_format(input, input.shape if grad_input else (0,)),
-        weight.new_empty(weight.shape if grad_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if grad_bias else (0,)),
-    )
+    return empty_gradients(input, weight, grad_input, grad_weight, grad_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, activation = inputs
     ctx.activation = ACTIVATIONS[activation]
-    saved = output if ctx.activation in ("relu", "relu6") else None
+    saved = kept_output(output, ctx.activation)
     ctx.save_for_backward(input, weight, bias, policy, in_policy, saved)
 
 
@@ -131,35 +131,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 8
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("gated_conv2d: no second derivative; adakernels.use_backend('reference') has it")
-
-
 register_gradient("gated_conv2d", _backward, _setup_context)
-torch.library.register_autograd("adakernels::gated_conv2d_backward", _refuse_double_backward, lib=library)
 
 
-@flop_formula(torch.ops.adakernels.gated_conv2d)
-def _dense_flops(
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    *args: Any,
-    out_shape: Sequence[int],
-    **kwargs: Any,
-) -> int:
-    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
-
-
-@flop_formula(torch.ops.adakernels.gated_conv2d_backward)
-def _dense_backward_flops(
-    grad_shape: Sequence[int],
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    grad_input, grad_weight = args[-3:-1]
-    return (grad_input + grad_weight) * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+flop_formula(torch.ops.adakernels.gated_conv2d)(dense_flops)
+flop_formula(torch.ops.adakernels.gated_conv2d_backward)(dense_backward_flops)
 
 
 def gated_conv2d_flops(

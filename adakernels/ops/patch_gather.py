@@ -139,13 +139,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input, grad_origin, None, None, None, None
 
 
-def _refuse_double_backward(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError("patch_gather: no second derivative; adakernels.use_backend('reference') has it")
-
-
-register_gradient("patch_gather", _backward, _setup_context)
-for _name in ("patch_gather_grad_origin", "patch_gather_grad_input"):
-    torch.library.register_autograd(f"adakernels::{_name}", _refuse_double_backward, lib=library)
+register_gradient(
+    "patch_gather",
+    _backward,
+    _setup_context,
+    made_by=("patch_gather_grad_origin", "patch_gather_grad_input"),
+)
 
 
 @flop_formula(torch.ops.adakernels.patch_gather)

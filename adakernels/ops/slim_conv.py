@@ -24,9 +24,11 @@ from adakernels.ops._conv_arguments import (
     can_run_triton,
     check_operands,
     conv_arguments,
+    empty_gradients,
     empty_output,
+    kept_output,
 )
-from adakernels.ops._layout import CHANNELS_LAST, dense, empty_in_format, memory_format
+from adakernels.ops._layout import CHANNELS_LAST, dense, memory_format
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
@@ -447,17 +449,13 @@ def _backward_fake(
     grad_weight: bool,
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        empty_in_format(input, input.shape if grad_input else (0,)),
-        weight.new_empty(weight.shape if grad_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if grad_bias else (0,)),
-    )
+    return empty_gradients(input, weight, grad_input, grad_weight, grad_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, *ctx.conv, activation = inputs
     ctx.activation = ACTIVATIONS[activation]
-    saved = output if ctx.activation in ("relu", "relu6") else None
+    saved = kept_output(output, ctx.activation)
     ctx.save_for_backward(input, weight, bias, saved)
 
 
@@ -478,12 +476,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("slim_conv: no second derivative; adakernels.use_backend('reference') has it")
-
-
 register_gradient("slim_conv", _backward, _setup_context)
-torch.library.register_autograd("adakernels::slim_conv_backward", _refuse_double_backward, lib=library)
 
 
 @flop_formula(torch.ops.adakernels.slim_conv)

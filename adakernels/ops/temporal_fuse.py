@@ -74,12 +74,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("temporal_fuse: no second derivative; adakernels.use_backend('reference') has it")
-
-
 register_gradient("temporal_fuse", _backward, _setup_context)
-torch.library.register_autograd("adakernels::temporal_fuse_backward", _refuse_double_backward, lib=library)
 
 
 @flop_formula(torch.ops.adakernels.temporal_fuse)

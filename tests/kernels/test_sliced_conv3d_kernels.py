@@ -140,7 +140,9 @@ def test_matches_the_reference_with_its_gradients(
         assert (mine[exact == 0] == 0).all()
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("kernels", "groups"), [("cuda", 1), ("triton", 1), ("triton", 4)], indirect=["kernels"]
+)
 def test_frames_that_a_clip_does_not_visit_are_not_read(kernels: Any, groups: int) -> None:
     case = Case((3, 2), 4, 4, (2, 3), groups=groups, temporal=(False, True), packed=True)
     input, *rest = make(case, torch.float32, True, kernels.device)
