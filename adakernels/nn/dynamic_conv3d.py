@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from adakernels import backends, flops
-from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
-from adakernels.nn.gated_conv2d import ACTIVATIONS
+from adakernels import flops
+from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
 from adakernels.ops import _checks, dynamic_conv3d, dynamic_conv3d_flops
 from adakernels.ops._conv_arguments import autocast
 from adakernels.ops._layout import dense
@@ -93,7 +90,7 @@ def _identity(shape: tuple[int, ...], device: torch.device | str | None, dtype: 
     return weight
 
 
-class DynamicConv3d(nn.Conv3d):
+class DynamicConv3d(ConvNormAct, nn.Conv3d):
     """`torch.nn.Conv3d` that computes, per clip, some frames and channels and makes the others from them.
 
     Takes the constructor arguments of `torch.nn.Conv3d`, has its `state_dict` keys next to those of the
@@ -118,66 +115,34 @@ class DynamicConv3d(nn.Conv3d):
         ValueError: for an unknown activation, or a number of levels or a filter size out of range.
     """
 
-    norm: nn.Module | None
     temporal_phi: nn.Module | None
     channel_phi: nn.Module | None
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Triple,
-        stride: _Triple = 1,
-        padding: _Triple | str = 0,
-        dilation: _Triple = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
+        *args: Any,
         temporal_levels: int = 2,
         channel_levels: int = 2,
         filter_size: int = 3,
         temporal_phi: nn.Module | None = None,
         channel_phi: nn.Module | None = None,
-        norm: nn.Module | Callable[[int], nn.Module] | None = None,
-        activation: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        if activation not in ACTIVATIONS:
-            names = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"DynamicConv3d: expected activation to be one of {names}, got {activation!r}")
+        super().__init__(*args, **kwargs)
         for name, levels in (("temporal_levels", temporal_levels), ("channel_levels", channel_levels)):
             if not 1 <= levels <= MAX_LEVELS:
                 raise ValueError(f"DynamicConv3d: expected {name} to be 1 to {MAX_LEVELS}, got {levels}")
         if filter_size not in (1, 3):
             raise ValueError(f"DynamicConv3d: expected filter_size to be 1 or 3, got {filter_size}")
+        made = self.weight.device, self.weight.dtype
         if temporal_phi is None and temporal_levels > 1:
-            temporal_phi = FrameFilters(out_channels, temporal_levels, filter_size, device, dtype)
+            temporal_phi = FrameFilters(self.out_channels, temporal_levels, filter_size, *made)
         if channel_phi is None and channel_levels > 1:
-            channel_phi = ChannelFilters(out_channels, filter_size, device, dtype)
-        if not (norm is None or isinstance(norm, nn.Module)):
-            norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
+            channel_phi = ChannelFilters(self.out_channels, filter_size, *made)
         self.temporal_levels = temporal_levels
         self.channel_levels = channel_levels
         self.temporal_phi = temporal_phi
         self.channel_phi = channel_phi
-        self.norm = norm
-        self.activation = activation
-        self._folded: FoldCache = FoldCache()
 
     def forward(
         self,
@@ -198,15 +163,9 @@ class DynamicConv3d(nn.Conv3d):
         """
         return dynamic_conv_norm_act(self, self.norm, self.activation, input, temporal_gate, channel_gate)
 
-    def train(self, mode: bool = True) -> DynamicConv3d:
-        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded so far."""
-        self._folded.clear()
-        return super().train(mode)
-
     def extra_repr(self) -> str:
-        """The arguments of the convolution, the levels, and the activation if there is one."""
-        levels = f", levels={self.temporal_levels}x{self.channel_levels}"
-        return super().extra_repr() + levels + ("" if self.activation is None else f", {self.activation}")
+        """The arguments of the convolution, the activation if there is one, and the levels."""
+        return f"{super().extra_repr()}, levels={self.temporal_levels}x{self.channel_levels}"
 
 
 def dynamic_conv_norm_act(
@@ -226,11 +185,10 @@ def dynamic_conv_norm_act(
         [B, C_out, T', H', W'].
     """
     gates = temporal_gate, channel_gate
-    if norm is None:
-        return _conv_act(conv, conv.weight, conv.bias, activation, input, *gates)
-    if is_foldable(norm):
-        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
-        return _conv_act(conv, weight, bias, activation, input, *gates)
+    folded = conv.with_norm(norm)
+    if folded is not None:
+        return _conv_act(conv, *folded, activation, input, *gates)
+    assert norm is not None
     features = norm(_conv_act(conv, conv.weight, conv.bias, None, input, None, None))
     if temporal_gate is None and channel_gate is None:
         return ACTIVATIONS[activation](features)
@@ -249,7 +207,8 @@ def _conv_act(
     channel_gate: Tensor | None,  # [B, S_c]
 ) -> Tensor:
     plain = temporal_gate is None and channel_gate is None
-    if plain and not _outruns_torch(conv, input):
+    # oneDNN brings planar tensors to a layout of its own, which costs as much as many a convolution.
+    if plain and not conv.suits_cpu_kernel("dynamic_conv3d", input):
         output = conv._conv_forward(input, weight, bias)
         if flops.counting:
             flops.record_dense("conv3d", output, math.prod(weight.shape[1:]))
@@ -268,26 +227,6 @@ def _conv_act(
         one = torch.ones(len(input), 1)
         return dynamic_conv3d(input, weight, bias, one, activation=activation, **arguments)
     return _reconstructed(conv, input, weight, bias, activation, temporal_gate, channel_gate, arguments)
-
-
-def _outruns_torch(
-    conv: DynamicConv3d,
-    input: Tensor,  # [B, C_in, T, H, W]
-) -> bool:
-    """Whether the package's kernel is the faster one for a convolution without any gates.
-
-    oneDNN brings planar tensors to a layout of its own, which costs as much as many a convolution.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or input.dim() != 5:
-        return False
-    return (
-        conv.groups == 1
-        and input.dtype == conv.weight.dtype == torch.float32
-        and input.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and backends.requested_backend() in ("auto", "cpu")
-        and backends.can_run_cpu("dynamic_conv3d", input.device, input.dtype)
-    )
 
 
 def _reconstructed(

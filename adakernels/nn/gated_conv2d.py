@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from adakernels import backends, flops
-from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
+from adakernels import flops
+from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
 from adakernels.ops import gated_conv2d, temporal_fuse
 from adakernels.ops._layout import shares_memory
 from adakernels.ops.conv2d_add import conv2d_add_
 
 _Pair: TypeAlias = int | tuple[int, int]
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "relu": F.relu_,
-    "relu6": lambda x: F.relu6(x, inplace=True),
-    "silu": F.silu,
-}
 
-
-class GatedConv2d(nn.Conv2d):
+class GatedConv2d(ConvNormAct, nn.Conv2d):
     """`torch.nn.Conv2d` that computes, per frame, only the channels a policy asks for (AdaFuse, Eq. 3).
 
     Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that
@@ -42,47 +33,6 @@ class GatedConv2d(nn.Conv2d):
     Raises:
         ValueError: for an unknown activation.
     """
-
-    norm: nn.Module | None
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Pair,
-        stride: _Pair = 1,
-        padding: _Pair | str = 0,
-        dilation: _Pair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        norm: nn.Module | Callable[[int], nn.Module] | None = None,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        if activation not in ACTIVATIONS:
-            names = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"GatedConv2d: expected activation to be one of {names}, got {activation!r}")
-        if not (norm is None or isinstance(norm, nn.Module)):
-            norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
-        self.norm = norm
-        self.activation = activation
-        self._folded: FoldCache = FoldCache()
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> GatedConv2d:
@@ -125,15 +75,6 @@ class GatedConv2d(nn.Conv2d):
             self, self.norm, self.activation, input, policy, frames=frames, in_policy=in_policy
         )
 
-    def train(self, mode: bool = True) -> GatedConv2d:
-        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded so far."""
-        self._folded.clear()
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        """The arguments of the convolution, and the activation if there is one."""
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
-
 
 def conv_norm_act(
     conv: GatedConv2d,
@@ -153,11 +94,10 @@ def conv_norm_act(
     Returns:
         [N, C_out, H', W'].
     """
-    if norm is None:
-        return _conv_act(conv, conv.weight, conv.bias, activation, input, policy, frames, in_policy)
-    if is_foldable(norm):
-        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
-        return _conv_act(conv, weight, bias, activation, input, policy, frames, in_policy)
+    folded = conv.with_norm(norm)
+    if folded is not None:
+        return _conv_act(conv, *folded, activation, input, policy, frames, in_policy)
+    assert norm is not None
     output = norm(_conv_act(conv, conv.weight, conv.bias, None, input, None, frames, in_policy))
     output = ACTIVATIONS[activation](output)
     return output if policy is None else temporal_fuse(output, policy, frames=frames)
@@ -181,13 +121,11 @@ def conv_norm_add_act(
     Returns:
         [N, C_out, H', W'].
     """
-    if is_foldable(norm) and _can_add_in_place(conv, input, residual):
-        weight, bias = folded_batch_norm(conv.weight, conv.bias, cast(_BatchNorm, norm), conv._folded)
+    folded = conv.with_norm(norm) if _can_add_in_place(conv, input, residual) else None
+    if folded is not None:
         target = residual if overwrite and not shares_memory(residual, input) else residual.clone()
         padding = cast(tuple[int, int], conv.padding)
-        return conv2d_add_(
-            target, input, weight, bias, in_policy, conv.stride, padding, conv.dilation, activation
-        )
+        return conv2d_add_(target, input, *folded, in_policy, conv.stride, padding, conv.dilation, activation)
     output = conv_norm_act(conv, norm, None, input, in_policy=in_policy)
     return ACTIVATIONS[activation](output.add_(residual))
 
@@ -240,7 +178,7 @@ def _outruns_torch(
     return (
         conv.kernel_size == (1, 1)
         and math.prod(input.shape[2:]) // math.prod(conv.stride) >= 28 * 28
-        and _suits_kernel(conv, input)
+        and conv.suits_cpu_kernel("gated_conv2d", input)
     )
 
 
@@ -255,23 +193,5 @@ def _can_add_in_place(
         and not isinstance(conv.padding, str)
         and residual.dtype == input.dtype
         and residual.is_contiguous()
-        and _suits_kernel(conv, input)
-    )
-
-
-def _suits_kernel(
-    conv: GatedConv2d,
-    input: Tensor,  # [N, C_in, H, W]
-) -> bool:
-    """Whether the package's kernel for the CPU may run a plain convolution, in a format that suits it."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and input.dim() == 4
-        and conv.groups == 1
-        and input.dtype == conv.weight.dtype == torch.float32
-        and input.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and backends.requested_backend() in ("auto", "cpu")
-        and backends.can_run_cpu("gated_conv2d", input.device, input.dtype)
+        and conv.suits_cpu_kernel("gated_conv2d", input)
     )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, cast, overload
+from typing import Any, TypeAlias, cast, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from adakernels import flops
-from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
-from adakernels.nn.gated_conv2d import ACTIVATIONS
+from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
 from adakernels.nn.packed_clips import PackedClips
 from adakernels.ops import sliced_conv3d, sliced_conv3d_flops
 from adakernels.ops._conv_arguments import autocast
@@ -21,7 +18,7 @@ from adakernels.ops.sliced_conv3d import checked_packed_clips
 _Triple: TypeAlias = int | tuple[int, int, int]
 
 
-class SlicedConv3d(nn.Conv3d):
+class SlicedConv3d(ConvNormAct, nn.Conv3d):
     """`torch.nn.Conv3d` that a clip may have with all temporal taps or with the centre one (Ada3D, §3.2).
 
     Takes the constructor arguments of `torch.nn.Conv3d`, has its `state_dict` keys, and is exactly that
@@ -36,47 +33,6 @@ class SlicedConv3d(nn.Conv3d):
     Raises:
         ValueError: for an unknown activation.
     """
-
-    norm: nn.Module | None
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: _Triple,
-        stride: _Triple = 1,
-        padding: _Triple | str = 0,
-        dilation: _Triple = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        norm: nn.Module | Callable[[int], nn.Module] | None = None,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        if activation not in ACTIVATIONS:
-            names = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"SlicedConv3d: expected activation to be one of {names}, got {activation!r}")
-        if not (norm is None or isinstance(norm, nn.Module)):
-            norm = norm(out_channels).to(self.weight.device, self.weight.dtype)
-        self.norm = norm
-        self.activation = activation
-        self._folded: FoldCache = FoldCache()
 
     @overload
     def forward(self, input: Tensor, temporal: Tensor | None = None) -> Tensor: ...
@@ -102,15 +58,6 @@ class SlicedConv3d(nn.Conv3d):
             ValueError, TypeError: as `ak.sliced_conv3d`; for packed clips with a padding of other than zeros.
         """
         return sliced_conv_norm_act(self, self.norm, self.activation, input, temporal)
-
-    def train(self, mode: bool = True) -> SlicedConv3d:
-        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded so far."""
-        self._folded.clear()
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        """The arguments of the convolution, and the activation if there is one."""
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
 
 
 @overload
@@ -143,13 +90,12 @@ def sliced_conv_norm_act(
     Returns:
         [B, C_out, T', H', W'], or packed [sum T, C_out, H', W'].
     """
-    if norm is None or is_foldable(norm):
-        weight, bias = conv.weight, conv.bias
-        if norm is not None:
-            weight, bias = folded_batch_norm(weight, bias, cast(_BatchNorm, norm), conv._folded)
+    folded = conv.with_norm(norm)
+    if folded is not None:
         if isinstance(input, Tensor):
-            return _clips(conv, weight, bias, activation, input, temporal)
-        return _packed(conv, weight, bias, activation, input, temporal)
+            return _clips(conv, *folded, activation, input, temporal)
+        return _packed(conv, *folded, activation, input, temporal)
+    assert norm is not None
     if isinstance(input, Tensor):
         return ACTIVATIONS[activation](norm(_clips(conv, conv.weight, conv.bias, None, input, temporal)))
     output = _packed(conv, conv.weight, conv.bias, None, input, temporal)

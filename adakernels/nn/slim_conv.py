@@ -10,18 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from adakernels import flops
+from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
 from adakernels.nn.folding import (
     DerivedCache,
-    FoldCache,
     fold_batch_norm,
-    folded_batch_norm,
     is_foldable,
     norm_tensors,
 )
-from adakernels.nn.gated_conv2d import ACTIVATIONS
 from adakernels.ops import slim_conv2d, slim_conv3d
 from adakernels.ops._checks import facts
 from adakernels.ops._layout import dense
@@ -34,30 +31,13 @@ PREPARED = 2
 """How many widths a layer keeps prepared weights for."""
 
 
-class _SlimConv(_ConvNd):
+class _SlimConv(ConvNormAct):
     """What `SlimConv2d` and `SlimConv3d` share."""
 
-    norm: nn.Module | None
     operator: Callable[..., Tensor]  # slim_conv2d or slim_conv3d
 
-    def __init__(
-        self,
-        *args: Any,
-        norm: nn.Module | Callable[[int], nn.Module] | None = None,
-        activation: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if activation not in ACTIVATIONS:
-            names = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(
-                f"{type(self).__name__}: expected activation to be one of {names}, got {activation!r}"
-            )
-        if not (norm is None or isinstance(norm, nn.Module)):
-            norm = norm(self.out_channels).to(self.weight.device, self.weight.dtype)
-        self.norm = norm
-        self.activation = activation
-        self._folded: FoldCache = FoldCache()
         self._prepared: DerivedCache[dict[Any, tuple[Tensor, Tensor | None]]] = DerivedCache()
 
     def forward(
@@ -102,9 +82,7 @@ class _SlimConv(_ConvNd):
             output = self._prepared_forward(input, arguments)
             if output is not None:
                 return output
-        weight, bias = self.weight, self.bias
-        if norm is not None and fixed:
-            weight, bias = folded_batch_norm(weight, bias, cast(_BatchNorm, norm), self._folded)
+        weight, bias = self.with_norm(norm) or (self.weight, self.bias)
         names = ("out_channels", "segments", "stride", "padding", "dilation", "groups", "activation")
         output = self.operator(input, weight, bias, **dict(zip(names, arguments, strict=True)))
         if fixed:
@@ -127,15 +105,14 @@ class _SlimConv(_ConvNd):
         self,
         input: Tensor,  # [(N,) C_in, H, W] or [(B,) C_in, T, H, W]
     ) -> Tensor:  # [(N,) C_out, H', W'] or [(B,) C_out, T', H', W']
-        norm, weight, bias = self.norm, self.weight, self.bias
-        fixed = norm is not None and is_foldable(norm)
-        if fixed:
-            weight, bias = folded_batch_norm(weight, bias, cast(_BatchNorm, norm), self._folded)
+        folded = self.with_norm(self.norm)
+        weight, bias = folded or (self.weight, self.bias)
         output = self._conv_forward(input, weight, bias)
         if flops.counting:
             flops.record_dense(f"conv{len(self.kernel_size)}d", output, math.prod(weight.shape[1:]))
-        if norm is not None and not fixed:
-            output = norm(output)
+        if folded is None:
+            assert self.norm is not None
+            output = self.norm(output)
         return ACTIVATIONS[self.activation](output)
 
     def _prepared_forward(
@@ -178,14 +155,9 @@ class _SlimConv(_ConvNd):
         return run(input, *tensors)
 
     def train(self, mode: bool = True) -> Any:
-        """Sets the mode as `torch.nn.Module.train` does, and drops weights folded and prepared so far."""
-        self._folded.clear()
+        """Sets the mode as `torch.nn.Module.train` does, and drops what was made from the weights so far."""
         self._prepared.clear()
         return super().train(mode)
-
-    def extra_repr(self) -> str:
-        """The arguments of the convolution, and the activation if there is one."""
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
 
 
 class SlimConv2d(_SlimConv, nn.Conv2d):

@@ -245,4 +245,4 @@ def test_bad_arguments(arguments: dict, sentence: str) -> None:
 
 
 def test_repr() -> None:
-    assert "levels=3x3, relu" in repr(make(activation="relu"))
+    assert "activation=relu, levels=3x3" in repr(make(activation="relu"))

@@ -1,0 +1,91 @@
+"""What the layers around a convolution share: normalisation, activation, and when they leave it to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from adakernels import backends
+from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "relu": F.relu_,
+    "relu6": lambda x: F.relu6(x, inplace=True),
+    "silu": F.silu,
+}
+
+
+class ConvNormAct(_ConvNd):
+    """One of torch's convolutions with a normalisation and an activation after it.
+
+    Args:
+        *args, **kwargs: those of the convolution.
+        norm: a module, or a callable that makes one from the number of channels.
+        activation: a key of `ACTIVATIONS`.
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+
+    norm: nn.Module | None
+
+    def __init__(
+        self,
+        *args: Any,
+        norm: nn.Module | Callable[[int], nn.Module] | None = None,
+        activation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if activation not in ACTIVATIONS:
+            names = ", ".join(repr(name) for name in ACTIVATIONS)
+            raise ValueError(
+                f"{type(self).__name__}: expected activation to be one of {names}, got {activation!r}"
+            )
+        if not (norm is None or isinstance(norm, nn.Module)):
+            norm = norm(self.out_channels).to(self.weight.device, self.weight.dtype)
+        self.norm = norm
+        self.activation = activation
+        self._folded: FoldCache = FoldCache()
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode as `torch.nn.Module.train` does, and drops what was made from the weights so far."""
+        self._folded.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The arguments of the convolution, and the activation if there is one."""
+        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
+
+    def with_norm(self, norm: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias with `norm` in them; None if that is no fixed map of each channel."""
+        if norm is None:
+            return self.weight, self.bias
+        if not is_foldable(norm):
+            return None
+        return folded_batch_norm(self.weight, self.bias, cast(_BatchNorm, norm), self._folded)
+
+    def suits_cpu_kernel(
+        self,
+        op: str,
+        input: Tensor,  # [N, C_in, ...]
+    ) -> bool:
+        """Whether the CPU kernel of `op` may run this as a plain convolution, in a format that suits it."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and input.dim() == self.weight.dim()
+            and self.groups == 1
+            and input.dtype == self.weight.dtype == torch.float32
+            and input.is_contiguous()
+            and not torch.is_autocast_enabled("cpu")
+            and backends.requested_backend() in ("auto", "cpu")
+            and backends.can_run_cpu(op, input.device, input.dtype)
+        )
