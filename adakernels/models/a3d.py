@@ -68,10 +68,11 @@ class SlimBottleneck(nn.Module):
         return count
 
 
-def with_lateral(channels: int, all_channels: int, lateral: int) -> Segments:
-    """The ranges of `all_channels` that a slimmed input has: the first ones, and the last `lateral`."""
+def with_lateral(channels: int, all_channels: int, lateral: int) -> Segments | None:
+    """The ranges of `all_channels` that a slimmed input has: the first ones, and the last `lateral`. None
+    without the latter."""
     if lateral == 0:
-        return ((0, channels),)
+        return None
     return ((0, channels - lateral), (all_channels - lateral, all_channels))
 
 

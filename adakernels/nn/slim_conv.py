@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,53 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adakernels import flops
 from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
-from adakernels.nn.folding import (
-    DerivedCache,
-    fold_batch_norm,
-    is_foldable,
-    norm_tensors,
-)
+from adakernels.nn.folding import DerivedCache, fold_batch_norm, is_foldable, norm_tensors
 from adakernels.ops import slim_conv2d, slim_conv3d
 from adakernels.ops._checks import facts
 from adakernels.ops._layout import dense
-from adakernels.ops.slim_conv import Segments, cpu_call, prepare, record_work, slim_weight
+from adakernels.ops.slim_conv import (
+    CpuConv,
+    Segments,
+    SlimArguments,
+    cpu_call,
+    cpu_settings,
+    prepare,
+    record_work,
+    slim_weight,
+)
 
 __all__ = ["SlimConv2d", "SlimConv3d", "SlimLinear"]
 
 
 PREPARED = 2
 """How many widths a layer keeps prepared weights for."""
+
+
+class _Call(NamedTuple):
+    """A call with a prepared weight.
+
+    Attributes:
+        seen, segments: what it depended on.
+        slim, run: its arguments in normal form, and the convolution.
+        weight, bias: as prepared for that.
+    """
+
+    seen: tuple[Any, ...]
+    segments: Segments | None
+    slim: SlimArguments
+    run: CpuConv
+    weight: Tensor  # [out_channels, C/groups, ...]
+    bias: Tensor | None  # [out_channels]
+
+
+class _Prepared:
+    """Weights prepared for some widths, and the last call with one of them."""
+
+    __slots__ = ("last", "widths")
+
+    def __init__(self) -> None:
+        self.last: _Call | None = None
+        self.widths: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
 
 class _SlimConv(ConvNormAct):
@@ -38,7 +69,7 @@ class _SlimConv(ConvNormAct):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._prepared: DerivedCache[dict[Any, tuple[Tensor, Tensor | None]]] = DerivedCache()
+        self._prepared: DerivedCache[_Prepared] = DerivedCache()
 
     def forward(
         self,
@@ -129,30 +160,56 @@ class _SlimConv(ConvNormAct):
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        op, weight, bias = self.operator.__name__, self.weight, self.bias
+        weight, bias = self.weight, self.bias
         norm = cast("_BatchNorm | None", self.norm)
-        input = dense(input)
-        call = cpu_call(op, input, weight, bias, *arguments)
-        if call is None:
-            return None
-        slim, run = call
         sources = (weight, bias) if norm is None else (weight, bias, *norm_tensors(norm))
-        prepared = self._prepared.get(sources, dict, tag=None if norm is None else norm.eps)
+        prepared = self._prepared.get(sources, _Prepared, tag=None if norm is None else norm.eps)
         if prepared is None:
             return None
+        # Caches are cold after a convolution: a call like the last one looks at little more than that it is.
+        seen = (input.shape, input.stride(), input.dtype, arguments, type(arguments[0]), cpu_settings())
+        call = prepared.last
+        # Equal segments may have other types in them.
+        if call is None or call.segments is not arguments[1] or call.seen != seen:
+            input = dense(input)
+            call = self._new_call(prepared, seen, input, weight, bias, arguments)
+            if call is None:
+                return None
+        record_work(self.operator.__name__, call.slim, input, weight)
+        return call.run(input, call.weight, call.bias)
+
+    def _new_call(
+        self,
+        prepared: _Prepared,
+        seen: tuple[Any, ...],
+        input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+        weight: Tensor,  # [C_out, C_in/groups, ...]
+        bias: Tensor | None,  # [C_out]
+        arguments: tuple[Any, ...],
+    ) -> _Call | None:
+        """The call with what is prepared for its width, now if need be; None where it is not for the CPU."""
+        planned = cpu_call(self.operator.__name__, input, weight, bias, *arguments)
+        if planned is None:
+            return None
+        slim, run = planned
         key = run.form, slim.out_channels, slim.segments
         # Other threads may add widths and drop this one meanwhile.
-        tensors = prepared.get(key)
+        tensors = prepared.widths.get(key)
         if tensors is None:
+            norm = cast("_BatchNorm | None", self.norm)
             with torch.inference_mode(False), torch.no_grad():
                 folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
                 tensors = prepare(run.form, *folded, slim, input.shape)
-            widths = list(prepared)
+            widths = list(prepared.widths)
             for width in widths[: max(0, len(widths) + 1 - PREPARED)]:
-                prepared.pop(width, None)
-            prepared[key] = tensors
-        record_work(op, slim, input, weight)
-        return run(input, *tensors)
+                prepared.widths.pop(width, None)
+            prepared.widths[key] = tensors
+        segments = arguments[1]
+        call = _Call(seen, segments, slim, run, *tensors)
+        # What is a list may be another one in the next call.
+        fixed = segments is None or {type(segments), *map(type, segments)} == {tuple}
+        prepared.last = call if fixed and input.stride() == seen[1] else None
+        return call
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops what was made from the weights so far."""

@@ -231,7 +231,7 @@ class CpuConv:
         out_channels: how many output channels there are.
     """
 
-    __slots__ = ("activation", "arguments", "folded", "form", "format", "unfolded")
+    __slots__ = ("activation", "arguments", "folded", "form", "order", "pointwise", "unfolded")
 
     def __init__(
         self,
@@ -242,10 +242,15 @@ class CpuConv:
         out_channels: int,
     ) -> None:
         output = (shape[0], out_channels, *conv.output)
-        self.form, self.format, self.activation = form, format, conv.activation
+        self.form, self.activation = form, conv.activation
         self.folded = _folded_geometry(form.fold, shape, format)
         self.unfolded = _geometry(output, format) if form.fold else None
         self.arguments = _folded_arguments(form.fold, conv)
+        rank = 2 + len(self.arguments[0])
+        self.order = torch.contiguous_format if format == torch.contiguous_format else CHANNELS_LAST[rank]
+        # What follows the tensors in a call of oneDNN's.
+        stride, padding, dilation, groups = self.arguments
+        self.pointwise = (padding, stride, dilation, groups, *_ONEDNN_ACTIVATIONS[conv.activation], "")
 
     def __call__(
         self,
@@ -254,16 +259,12 @@ class CpuConv:
         bias: Tensor | None,  # [out_channels]
     ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
         """activation(conv(input) + bias), without recording for backward."""
-        stride, padding, dilation, groups = self.arguments
         if self.folded is not None:
             input = input.as_strided(*self.folded)
         if self.form.kernel == "onednn":
-            name, scalars = _ONEDNN_ACTIVATIONS[self.activation]
-            output = torch.ops.mkldnn._convolution_pointwise.default(
-                input, weight, bias, padding, stride, dilation, groups, name, scalars, ""
-            )
+            output = torch.ops.mkldnn._convolution_pointwise.default(input, weight, bias, *self.pointwise)
         elif self.form.kernel == "native":
-            arguments = stride, padding, dilation, groups, self.activation
+            arguments = *self.arguments, self.activation
             if input.dim() == 4:
                 output = torch.ops.adakernels.gated_conv2d.default(
                     input, weight, bias, None, None, 1, *arguments
@@ -277,12 +278,9 @@ class CpuConv:
             if self.form.kernel == "float":
                 input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
             run = F.conv2d if input.dim() == 4 else F.conv3d
-            output = run(input, weight, bias, stride, padding, dilation, groups)
+            output = run(input, weight, bias, *self.arguments)
             output = activate(output, ACTIVATIONS[self.activation], inplace=True).to(dtype)
-        inner = self.format != torch.contiguous_format
-        output = output.contiguous(
-            memory_format=CHANNELS_LAST[output.dim()] if inner else torch.contiguous_format
-        )
+        output = output.contiguous(memory_format=self.order)
         return output if self.unfolded is None else output.as_strided(*self.unfolded)
 
 
@@ -723,7 +721,16 @@ def _cpu_call(
         return None
     shape, kernel = tuple(input[0]), tuple(weight[0][2:])
     form = _cpu_form(shape, format, input[1], kernel, slim.conv, slim.out_channels, has_onednn)
+    conv = slim.conv
+    if form.kernel == "onednn" and {*kernel, *conv.stride} == {1} and not any(conv.padding):
+        # With the weight prepared, it gains nothing from views of fewer dimensions, and these take time too.
+        form = form._replace(fold="")
     return CpuCall(slim, _cpu_conv(form, shape, format, slim.conv, slim.out_channels))
+
+
+def cpu_settings() -> tuple[Any, ...]:
+    """What `cpu_call` depends on besides its arguments and may change between calls."""
+    return backends.requested_backend(), torch.backends.mkldnn.enabled
 
 
 def record_work(

@@ -215,6 +215,44 @@ def test_a_width_is_prepared_once(clips: Tensor, monkeypatch: pytest.MonkeyPatch
     assert prepared == [WIDTH, 16, 4, WIDTH, 16]
 
 
+def test_a_call_like_the_last_one_follows_what_is_not_like_it(clips: Tensor) -> None:
+    conv = make().eval()
+    segments = [[0, 8], [16, 24]]
+    layouts = [clips, clips[:, :, :2], clips[..., 1:], clips.contiguous(), clips.transpose(3, 4), clips[:1]]
+    with torch.no_grad():
+        for input in layouts:
+            check(conv, input)
+        whole = conv(clips, out_channels=16, segments=segments)
+        segments[1][:] = [8, 16]
+        assert not torch.allclose(conv(clips, out_channels=16, segments=segments), whole, atol=1e-3)
+        check(conv, clips)
+        with torch.backends.mkldnn.flags(enabled=False):
+            check(conv, clips)
+        with ak.use_backend("reference"):
+            check(conv, clips)
+        check(conv, clips)
+        conv.stride = (1, 2, 1)
+        check(conv, clips)
+        conv.activation = None
+        check(conv, clips)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"out_channels": True}, {"out_channels": 1.0}, {"segments": ((False, 8), (16, 24))}],
+)
+def test_bad_arguments_that_equal_good_ones_of_the_last_call(
+    arguments: dict[str, Any], clips: Tensor
+) -> None:
+    conv = make().eval()
+    good: dict[str, Any] = {"out_channels": 1, "segments": SEGMENTS}
+    with torch.no_grad():
+        for _ in range(2):
+            conv(clips, **good)
+        with pytest.raises(TypeError, match="to be an int, got"):
+            conv(clips, **good | arguments)
+
+
 @pytest.mark.parametrize("norm", [None, batch_norm])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_what_was_prepared_keeps_no_graph(mode: Callable[[], Any], norm: Any, clips: Tensor) -> None:
@@ -222,7 +260,7 @@ def test_what_was_prepared_keeps_no_graph(mode: Callable[[], Any], norm: Any, cl
     with mode():
         run(conv, clips)
     assert conv._prepared._entry is not None
-    for tensors in conv._prepared._entry[2].values():
+    for tensors in conv._prepared._entry[2].widths.values():
         assert not any(tensor.requires_grad for tensor in tensors)
 
 
@@ -240,7 +278,7 @@ def test_other_threads_may_drop_a_width_in_use(clips: Tensor, monkeypatch: pytes
         for _ in range(2):
             monkeypatch.setattr(module, "record_work", meanwhile)
             check(conv, clips)
-            assert len(conv._prepared._entry[2]) == module.PREPARED
+            assert len(conv._prepared._entry[2].widths) == module.PREPARED
 
 
 def test_copies_and_pickles(clips: Tensor) -> None:
