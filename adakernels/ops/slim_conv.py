@@ -30,6 +30,7 @@ from adakernels.ops._conv_arguments import (
 )
 from adakernels.ops._layout import CHANNELS_LAST, dense, memory_format
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
+from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
 
@@ -112,7 +113,7 @@ def cpu_form(
     """The form that a convolution of `input` takes, which depends on its shape, memory format and dtype."""
     shape = tuple(input.shape)
     return _cpu_form(
-        shape, memory_format(input), input.dtype, tuple(kernel), conv, out_channels, _has_onednn(input.dtype)
+        shape, memory_format(input), input.dtype, tuple(kernel), conv, out_channels, has_onednn(input.dtype)
     )
 
 
@@ -155,16 +156,6 @@ def _cpu_form(
         # oneDNN 3.12 writes wrong numbers for some of them.
         return Form(fold, "float")
     return Form(fold, "onednn" if inner and has_onednn else "torch")
-
-
-def _has_onednn(dtype: torch.dtype) -> bool:
-    backend = torch.backends.mkldnn
-    # Torch for other processors may be built without these operators.
-    if not (
-        backend.is_available() and backend.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    ):
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _folded(
@@ -250,7 +241,7 @@ class CpuConv:
         self.order = torch.contiguous_format if format == torch.contiguous_format else CHANNELS_LAST[rank]
         # What follows the tensors in a call of oneDNN's.
         stride, padding, dilation, groups = self.arguments
-        self.pointwise = (padding, stride, dilation, groups, *_ONEDNN_ACTIVATIONS[conv.activation], "")
+        self.pointwise = (padding, stride, dilation, groups, *ONEDNN_ACTIVATIONS[conv.activation], "")
 
     def __call__(
         self,
@@ -282,15 +273,6 @@ class CpuConv:
             output = activate(output, ACTIVATIONS[self.activation], inplace=True).to(dtype)
         output = output.contiguous(memory_format=self.order)
         return output if self.unfolded is None else output.as_strided(*self.unfolded)
-
-
-# In the order of `ACTIVATIONS`.
-_ONEDNN_ACTIVATIONS: tuple[tuple[str, list[float]], ...] = (
-    ("none", []),
-    ("relu", []),
-    ("hardtanh", [0.0, 6.0]),
-    ("swish", []),
-)
 
 
 def _geometry(shape: Sequence[int], format: torch.memory_format) -> tuple[list[int], list[int]]:
@@ -696,7 +678,7 @@ def cpu_call(
     """
     return _cpu_call(
         backends.requested_backend(),
-        _has_onednn(input.dtype),
+        has_onednn(input.dtype),
         memory_format(input),
         op,
         facts(op, "input", input),

@@ -116,94 +116,85 @@ bool runs_on_torch(const Problem& problem, const Tensor& input) {
          t.stride == 1 && t.size % 2 == 1 && 2 * t.padding == t.dilation * (t.size - 1);
 }
 
-// A view of `count` clips of so many frames each, or of single frames, in channels-last memory.
-Tensor clips_view(const Tensor& tensor, int64_t first_frame, int64_t count, int64_t frames, bool single) {
+using Stack = std::vector<StableIValue>;
+
+// The arguments of a convolution of ours in Python, which is oneDNN's where there is one, after `target` if any.
+Stack conv_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::vector<KernelAxis>& axes, int64_t activation) {
+  std::vector<int64_t> stride, padding, dilation;
+  for (const KernelAxis& axis : axes) {
+    stride.push_back(axis.stride);
+    padding.push_back(axis.padding);
+    dilation.push_back(axis.dilation);
+  }
+  using torch::stable::detail::from;
+  return {from(input), from(weight), from(bias), from(stride), from(padding), from(dilation), from(activation)};
+}
+
+// Neighbouring clips that one call serves: of single frames for the centre tap, of clips of one length for all taps.
+struct Run {
+  bool sliced;
+  int64_t first_frame, clips, frames;  // frames: of each clip
+};
+
+std::vector<Run> runs_of(const std::vector<Clip>& clips, int64_t taps) {
+  std::vector<Run> runs;
+  for (const Clip& clip : clips) {
+    if (clip.input_frames == 0) continue;
+    const bool sliced = clip.tap_end - clip.tap_begin < taps;
+    Run* const last = runs.empty() || runs.back().sliced != sliced ? nullptr : &runs.back();
+    if (last != nullptr && sliced) {
+      last->frames += clip.input_frames;
+    } else if (last != nullptr && last->frames == clip.input_frames) {
+      ++last->clips;
+    } else {
+      runs.push_back({sliced, clip.input, 1, clip.input_frames});
+    }
+  }
+  return runs;
+}
+
+// A view of a run's clips, or of the single frames of a sliced one, in channels-last memory.
+Tensor clips_view(const Tensor& tensor, const Run& run) {
   const int64_t rank = tensor.dim(), C = tensor.size(1), H = tensor.size(rank - 2), W = tensor.size(rank - 1);
   const int64_t frame = H * W * C;
   char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) +
-               first_frame * frame * int64_t(tensor.element_size());
-  std::vector<int64_t> sizes = {count, C, frames, H, W}, strides = {frames * frame, 1, frame, W * C, C};
-  if (single) {
-    sizes = {count * frames, C, H, W};
+               run.first_frame * frame * int64_t(tensor.element_size());
+  std::vector<int64_t> sizes = {run.clips, C, run.frames, H, W}, strides = {run.frames * frame, 1, frame, W * C, C};
+  if (run.sliced) {
+    sizes = {run.frames, C, H, W};
     strides = {frame, 1, W * C, C};
   }
   return torch::stable::from_blob(data, sizes, strides, tensor.device(), tensor.scalar_type());
 }
 
-Tensor torch_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                         const std::vector<int64_t>& dilation) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack = {
-      from(input),    from(weight), from(bias),
-      from(stride),   from(padding), from(dilation),
-      from(false),    from(std::vector<int64_t>(stride.size(), 0)), from(int64_t(1))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// to = the activated `from`, which may be the same memory.
-void activate(Activation activation, const Tensor& from, void* to) {
-  constexpr int64_t chunk = 64 * 1024;
-  const Kernels& kernels = best_kernels();
-  const Scalar scalar = from.scalar_type() == ScalarType::Float ? Scalar::f32 : Scalar::bf16;
-  const int64_t count = from.numel(), size = int64_t(from.element_size());
-  const char* source = static_cast<const char*>(from.const_data_ptr());
-  run_tasks(ceil_div(count, chunk), double(count), [&](int64_t i, Scratch&) {
-    kernels.activate_values(activation, scalar, source + i * chunk * size, static_cast<char*>(to) + i * chunk * size,
-                            std::min(chunk, count - i * chunk));
-  });
-}
-
-// The elements of `values` in the order that they lie in memory, as a tensor of the shape and strides of `like`.
-Tensor in_shape_of(const Tensor& like, const Tensor& values) {
-  const std::vector<int64_t> sizes = sizes_of(like);
-  std::vector<int64_t> strides;
-  for (int64_t d = 0; d < like.dim(); ++d) strides.push_back(like.stride(d));
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack = {from(values), from(sizes), from(strides), from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Runs of neighbouring clips with the same taps are one call each: of single frames for the centre tap, of clips of one
-// length for all taps. The result of a single run stands for `output`, the others are copied there.
+// The result of a single run is the output, those of several go to their places in one.
 Tensor convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, const Tensor& input,
-                         const Tensor& weight, const std::optional<Tensor>& bias, Activation activation,
-                         const Tensor& output) {
-  const KernelAxis &t = problem.t, &y = problem.y, &x = problem.x;
-  const int64_t rank = output.dim();
-  const int64_t frame_bytes =
-      output.size(1) * output.size(rank - 2) * output.size(rank - 1) * int64_t(output.element_size());
-  std::optional<Tensor> centre;
-  for (size_t begin = 0, end; begin < clips.size(); begin = end) {
-    const Clip& first = clips[begin];
-    const bool sliced = first.tap_end - first.tap_begin < t.size;
-    int64_t frames = first.input_frames;
-    for (end = begin + 1; end < clips.size() && clips[end].tap_begin == first.tap_begin; ++end) {
-      if (!sliced && clips[end].input_frames != first.input_frames) break;
-      frames += clips[end].input_frames;
-    }
-    if (frames == 0) continue;
-    Tensor result = [&] {
-      if (!sliced) {
-        const Tensor view = clips_view(input, first.input, int64_t(end - begin), first.input_frames, false);
-        return torch_convolution(view, weight, bias, {t.stride, y.stride, x.stride}, {t.padding, y.padding, x.padding},
-                                 {t.dilation, y.dilation, x.dilation});
-      }
-      if (!centre.has_value()) centre = torch::stable::contiguous(torch::stable::select(weight, 2, t.size / 2));
-      const Tensor view = clips_view(input, first.input, 1, frames, true);
-      return torch_convolution(view, *centre, bias, {y.stride, x.stride}, {y.padding, x.padding},
-                               {y.dilation, x.dilation});
-    }();
-    using torch::headeronly::MemoryFormat;
-    if (!has_format(result, true))
-      result = torch::stable::contiguous(result, sliced ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
-    if (end - begin == clips.size()) {
-      activate(activation, result, result.mutable_data_ptr());
-      return in_shape_of(output, result);
-    }
-    activate(activation, result, static_cast<char*>(output.mutable_data_ptr()) + first.output * frame_bytes);
+                         const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
+                         const std::vector<int64_t>& sizes) {
+  const std::vector<Run> runs = runs_of(clips, problem.t.size);
+  const auto arguments = [&](const Run& run) {
+    const Tensor taps = run.sliced ? torch::stable::select(weight, 2, problem.t.size / 2) : weight;
+    std::vector<KernelAxis> axes = {problem.y, problem.x};
+    if (!run.sliced) axes.insert(axes.begin(), problem.t);
+    return conv_arguments(clips_view(input, run), taps, bias, axes, activation);
+  };
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if (runs.size() == 1) {
+    Stack stack = arguments(runs[0]);
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("adakernels::channels_last_conv", "", stack.data(), TORCH_ABI_VERSION));
+    stack = {stack[0], from(sizes), from(strides_like_format(input, sizes)), from(std::nullopt)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
+  }
+  const Tensor output = empty_like_format(input, sizes);
+  for (const Run& run : runs) {
+    Stack stack = arguments(run);
+    stack.insert(stack.begin(), from(clips_view(output, run)));
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("adakernels::channels_last_conv_", "", stack.data(), TORCH_ABI_VERSION));
   }
   return output;
 }
@@ -216,10 +207,14 @@ Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      int64_t groups, int64_t activation) {
   const Problem problem = checked_problem(input, weight, frame_offsets, stride, padding, dilation, groups);
-  Tensor output = empty_like_format(input, output_sizes(problem, input));
+  const std::vector<int64_t> sizes = output_sizes(problem, input);
+  if (runs_on_torch(problem, input) && std::find(sizes.begin(), sizes.end(), 0) == sizes.end()) {
+    // The output has the frames of the input.
+    Domain domain(problem, input, input, temporal, frame_offsets);
+    return convolve_on_torch(problem, domain.clips(), input, weight, bias, activation, sizes);
+  }
+  Tensor output = empty_like_format(input, sizes);
   Domain domain(problem, input, output, temporal, frame_offsets);
-  if (output.numel() > 0 && runs_on_torch(problem, input))
-    return convolve_on_torch(problem, domain.clips(), input, weight, bias, Activation(activation), output);
   convolve(problem, input, weight, bias, activation, output, domain.units(), no_channels());
   return output;
 }

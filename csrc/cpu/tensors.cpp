@@ -84,7 +84,7 @@ int64_t clip_stride(const Tensor& tensor) {
   return tensor.size(2) * (is_channels_last(tensor) ? 1 : tensor.size(1));
 }
 
-Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, bool as_float) {
+std::vector<int64_t> strides_like_format(const Tensor& like, const std::vector<int64_t>& sizes) {
   const size_t rank = sizes.size();
   std::vector<int64_t> strides(rank);
   int64_t stride = 1;
@@ -97,12 +97,17 @@ Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, 
   for (size_t d = rank - 1; d > 1; --d) follow(d);
   if (!channels_last) follow(1);
   follow(0);
+  return strides;
+}
+
+Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, bool as_float) {
+  const std::vector<int64_t> strides = strides_like_format(like, sizes);
   int32_t dtype, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   if (as_float) dtype = aoti_torch_dtype_float32();
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(rank), sizes.data(), strides.data(), dtype, device, 0,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, 0,
                                                   &handle));
   Tensor tensor(handle);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));

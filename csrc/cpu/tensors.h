@@ -44,6 +44,10 @@ int64_t clip_stride(const torch::stable::Tensor& tensor);
 // Whether a tensor is channels-last and not contiguous too. [N, C, H, W] | [B, C, T, H, W]
 bool is_channels_last(const torch::stable::Tensor& tensor);
 
+// The strides of a dense tensor, channels-last where `like` is that and not contiguous.
+// sizes: [N, C, H, W] | [B, C, T, H, W]
+std::vector<int64_t> strides_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes);
+
 // An uninitialised tensor, channels-last where `like` is that and not contiguous, of `like`'s dtype or of float32.
 // sizes: [N, C, H, W] | [B, C, T, H, W]
 torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,

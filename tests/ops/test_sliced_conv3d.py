@@ -358,6 +358,18 @@ def test_runs_under_autocast() -> None:
 
 
 @pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu"])
+@pytest.mark.parametrize("temporal", ["mixed", "none", "all"])
+def test_clips_of_the_vendors_convolution(temporal: str, activation: str | None, onednn: bool) -> None:
+    # The output of the second has one pixel: clips of one frame, which are contiguous as well.
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        for size, padding in (((4, 6, 5), (1, 1, 1)), ((1, 3, 3), (1, 0, 0))):
+            case = Case(clips=4, channels=16, size=size, padding=padding, temporal=temporal)
+            check_forward(replace(case, activation=activation, channels_last=True))
+
+
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("case", [FIXED[2], FIXED[3]], ids=["clips", "packed"])
 @pytest.mark.parametrize("activation", [0, 1, 3])
 def test_opcheck(case: Case, activation: int) -> None:

@@ -65,25 +65,5 @@ inline void activate(Activation kind, float* values, int64_t count) {
   std::memcpy(values + i, rest, size_t(count - i) * 4);
 }
 
-template <typename T>
-inline void activate_typed(Activation kind, const T* from, T* to, int64_t count) {
-  constexpr int64_t block = 8 * kLanes;
-  float values[block];
-  for (int64_t i = 0; i < count; i += block) {
-    const int64_t n = std::min(block, count - i);
-    for (int64_t j = 0; j < n; ++j) values[j] = to_float(from[i + j]);
-    activate(kind, values, n);
-    store_run(to + i, values, n, 1);
-  }
-}
-
-// to[i] = the activated from[i], which may be the same memory.
-void activate_values(Activation kind, Scalar scalar, const void* from, void* to, int64_t count) {
-  if (scalar == Scalar::f32)
-    activate_typed(kind, static_cast<const float*>(from), static_cast<float*>(to), count);
-  else
-    activate_typed(kind, static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to), count);
-}
-
 }  // namespace
 }  // namespace adakernels

@@ -22,7 +22,6 @@ const Kernels kernels = {
     .gradient_points = gradient_points,
     .copy_gradient = copy_gradient,
     .add_weight_gradient = add_weight_gradient,
-    .activate_values = activate_values,
     .mix_planes = mix_planes,
     .dot_planes = dot_planes,
     .gather_patch = gather_patch,

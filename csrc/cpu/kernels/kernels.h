@@ -53,8 +53,6 @@ struct Kernels {
   // gradients: [rows][gradient_points + lanes]
   void (*add_weight_gradient)(const Convolution&, const Unit&, const float* gradients, int64_t live_begin,
                               int64_t live_end, float* grad_weight, Scratch&);
-  // to[i] = the activated from[i] for i < count, which may be the same memory.
-  void (*activate_values)(Activation, Scalar, const void* from, void* to, int64_t count);
   // Plane of `frame` in target = here * source[frame] + other * source[other_frame]; zero factors read nothing.
   void (*mix_planes)(const Planes& target, int64_t frame, int64_t channel, const Planes& source, float here,
                      float other, int64_t other_frame);
