@@ -82,7 +82,15 @@ int64_t kernel_size(const std::optional<Tensor>& temporal_gate, const std::optio
   return size;
 }
 
+// Frames of a clip from `first` on, and their place among the frames of a tensor as `planes_of` numbers them.
+struct Part {
+  int64_t clip, first, place;
+  Reconstruction what;
+};
+
 constexpr int64_t kMadePerTask = 64 * 1024;  // elements
+// What holds frames on their way to another format: little next to the output, and enough for the threads to share.
+constexpr int64_t kBufferBytes = 2 << 20, kBufferShare = 16;
 
 // Finishes a group of a clip's frames, for some classes of channels.
 struct ReconstructionTask {
@@ -90,10 +98,11 @@ struct ReconstructionTask {
   int64_t first_frame, class_begin, class_end;
 };
 
-void reconstruct_all(const std::vector<Reconstruction>& clips) {
+void reconstruct_all(const std::vector<Part>& clips) {
   std::vector<ReconstructionTask> tasks;
   double work = 0;
-  for (const Reconstruction& what : clips) {
+  for (const Part& clip : clips) {
+    const Reconstruction& what = clip.what;
     const int64_t group = what.frame_group(), classes = what.channel_classes();
     const int64_t per_class = what.channels / classes * group * what.height * what.width;
     const int64_t parts = std::clamp<int64_t>(classes * per_class / kMadePerTask, 1, classes);
@@ -129,50 +138,98 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
   Tensor output = empty_like_format(input, sizes);
   if (output.numel() == 0) return output;
 
-  // Frames and channels are made from rows of float32 pixels: where the output has none, in a tensor of its own.
-  const bool in_place = output.is_contiguous() && output.scalar_type() == ScalarType::Float;
-  Tensor features = in_place ? output : torch::stable::new_empty(input, sizes, ScalarType::Float);
-  float* const data = static_cast<float*>(features.mutable_data_ptr());
   const FloatArray temporal_filters = floats(temporal_weight), channel_filters = floats(channel_weight);
-  std::vector<Reconstruction> made;
-  bool whole = true;  // all clips are computed whole and counted once
+  std::vector<Part> clips;  // those with live branches
+  bool whole = true;        // all clips are computed whole and counted once
   for (int64_t b = 0; b < B; ++b) {
     const Levels &t = temporal[size_t(b)], &c = channel[size_t(b)];
-    float* const clip = data + b * C * T * plane;
     if (!t.any() || !c.any()) {
-      std::memset(clip, 0, size_t(C * T * plane) * 4);
+      Tensor clip = torch::stable::select(output, 0, b);
+      torch::stable::zero_(clip);
       continue;
     }
-    Reconstruction what = {clip, C, T, sizes[3], sizes[4], {}, {}, kernel, temporal_filters.data(),
+    Reconstruction what = {nullptr, C, T, sizes[3], sizes[4], 0, 0, {}, {}, kernel, temporal_filters.data(),
                            channel_filters.data(), Activation(activation)};
     std::copy_n(t.weights, kLevels, what.temporal);
     std::copy_n(c.weights, kLevels, what.channel);
     whole = whole && t.only_first() && c.only_first() && t.weights[0] * c.weights[0] == 1;
-    made.push_back(what);
+    clips.push_back({b, 0, b * clip_stride(output), what});
   }
 
   std::map<int64_t, TapRoutes> rows;  // by the number of channels that are computed
   TapRoutes live(problem.in_channels);
-  const auto units = [&](const WeightStrides& strides, bool whole_frames) {
-    std::vector<Unit> all;
-    for (const Reconstruction& what : made) {
-      const int64_t b = (what.clip - data) / (C * T * plane), step = what.frame_step(), first = b * C * T;
-      Problem strided = problem;
-      strided.t.stride *= step;
-      const Clip clip = {b * clip_stride(input), input.size(2), first, ceil_div(T, step), 0, problem.t.size};
-      TapRoutes& computed = rows.try_emplace(what.computed(), what.computed()).first->second;
-      for (Unit unit : clip_units(strided, strides, {clip}, computed, live, whole_frames)) {
-        unit.frame = first + (unit.frame - first) * step;
-        all.push_back(unit);
+  const auto compute = [&](const std::vector<Part>& parts, const Tensor& target) {
+    const auto units = [&](const WeightStrides& strides, bool whole_frames) {
+      std::vector<Unit> all;
+      for (const Part& part : parts) {
+        const int64_t step = part.what.frame_step();
+        Problem strided = problem;
+        strided.t.stride *= step;
+        const Clip clip = {part.clip * clip_stride(input), input.size(2), 0, ceil_div(T, step), 0, problem.t.size};
+        TapRoutes& computed = rows.try_emplace(part.what.computed(), part.what.computed()).first->second;
+        for (Unit unit : clip_units(strided, strides, {clip}, computed, live, whole_frames)) {
+          const int64_t frame = unit.frame * step - part.first;
+          if (frame < 0 || frame >= part.what.frames) continue;
+          unit.frame = part.place + frame;
+          all.push_back(unit);
+        }
       }
-    }
-    return all;
-  };
-  if (!made.empty())
-    convolve(problem, input, weight, bias, whole ? activation : int64_t(Activation::none), features, units,
+      return all;
+    };
+    convolve(problem, input, weight, bias, whole ? activation : int64_t(Activation::none), target, units,
              zero_channels(nullptr, C, 1));
-  if (!whole) reconstruct_all(made);
-  if (!in_place) torch::stable::copy_(output, features);
+    if (!whole) reconstruct_all(parts);
+  };
+  if (clips.empty()) return output;
+  // Frames and channels are made from rows of float32 pixels: where the output has none, in a buffer of some frames.
+  const bool in_place = output.is_contiguous() && output.scalar_type() == ScalarType::Float;
+  if (whole || in_place) {
+    float* const data = static_cast<float*>(output.mutable_data_ptr());
+    for (Part& part : clips) {
+      part.what.planes = data + part.place * plane;
+      part.what.channel_stride = T * plane;
+      part.what.frame_stride = plane;
+    }
+    compute(clips, output);
+    return output;
+  }
+  int64_t room = std::min(std::max(kBufferBytes / (C * plane * 4), B * T / kBufferShare), B * T);
+  for (const Part& part : clips) room = std::max(room, std::min(T, part.what.frame_group()));
+  Tensor buffer = torch::stable::new_empty(input, {room, C, sizes[3], sizes[4]}, ScalarType::Float);
+  float* const data = static_cast<float*>(buffer.mutable_data_ptr());
+  std::vector<Part> parts;
+  int64_t used = 0;
+  const auto flush = [&] {
+    compute(parts, buffer);
+    for (const Part& part : parts) {
+      Tensor clip = torch::stable::select(output, 0, part.clip);
+      Tensor to = torch::stable::narrow(clip, 1, part.first, part.what.frames);
+      const Tensor from = torch::stable::narrow(buffer, 0, part.place, part.what.frames);
+      torch::stable::copy_(to, torch::stable::transpose(from, 0, 1));
+    }
+    parts.clear();
+    used = 0;
+  };
+  for (const Part& whole_clip : clips)
+    for (int64_t first = 0; first < T;) {
+      int64_t count = std::min(T - first, room - used);
+      if (count < T - first) count = count / whole_clip.what.frame_group() * whole_clip.what.frame_group();
+      if (count == 0) {
+        flush();
+        continue;
+      }
+      Part part = whole_clip;
+      part.first = first;
+      part.place = used;
+      part.what.frames = count;
+      part.what.planes = data + used * C * plane;
+      part.what.channel_stride = plane;
+      part.what.frame_stride = C * plane;
+      parts.push_back(part);
+      first += count;
+      used += count;
+    }
+  flush();
   return output;
 }
 

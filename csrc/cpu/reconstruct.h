@@ -14,12 +14,13 @@ inline int64_t computed_channels(int64_t channels, int level) {
   return (channels + (int64_t(1) << level) - 1) >> level;
 }
 
-// A clip of dense float32 planes. At the beginning the frames and channels of its largest live branches hold computed
-// features, at the end all of them hold the activation of the weighted sum of all branches.
-// clip: [channels, frames, height, width]
+// Dense float32 planes of a clip, or of some groups of its frames. At the beginning the frames and channels of its
+// largest live branches hold computed features, at the end all of them hold the activation of the weighted sum of all
+// branches.
 struct Reconstruction {
-  float* clip;
+  float* planes;
   int64_t channels, frames, height, width;
+  int64_t channel_stride, frame_stride;
   // Weights of the levels; 0 for dead ones. Both have one that is not.
   float temporal[kLevels], channel[kLevels];
   int64_t kernel;                // 1 or 3

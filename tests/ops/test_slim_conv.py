@@ -247,7 +247,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cpu_ba
     monkeypatch.setattr(slim_conv, "NATIVE_WORK", 0 if native else math.inf)
     monkeypatch.setattr(slim_conv, "NATIVE_POINTS", 1)
     if request.param == "torch":
-        monkeypatch.setattr(slim_conv, "_has_onednn", lambda dtype: False)
+        monkeypatch.setattr(slim_conv, "has_onednn", lambda dtype: False)
     yield request.param
     slim_conv._cpu_form.cache_clear()
 

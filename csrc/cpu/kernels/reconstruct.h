@@ -151,7 +151,7 @@ class ChannelMaker {
 
  private:
   float* dense(int64_t channel, int64_t frame) const {
-    return what_.clip + (channel * what_.frames + frame) * what_.height * what_.width;
+    return what_.planes + channel * what_.channel_stride + frame * what_.frame_stride;
   }
   float* made(int64_t frame) const { return made_ + (frame - first_) / step_ * plane_.size; }
 
