@@ -27,12 +27,13 @@ FAMILY_TITLES = {
     "gated_backward": "with backward",
     "model": "model",
     "sliced_conv3d": "sliced conv3d",
+    "sliced_backward": "sliced, with backward",
     "ada3d_model": "Ada3D model",
     "dynamic_conv3d": "dynamic conv3d",
     "dynamic_x3d": "dynamic conv3d, X3D",
     "vared2_model": "VA-RED² model",
 }
-SLICED = ("sliced_conv3d", "ada3d_model")
+SLICED = ("sliced_conv3d", "sliced_backward", "ada3d_model")
 DYNAMIC = ("dynamic_conv3d", "dynamic_x3d", "vared2_model")
 PATCH_TITLES = {
     "patch_forward": "forward",

@@ -82,6 +82,18 @@ CLIPS = [
 ] + [ClipCase(3, 64, 256, _ONE, taps=5, kernel=7, stride=2)]
 
 
+class ClipBackwardCase(ClipCase):
+    """The same, forward and backward to input, weight and bias."""
+
+    family = "sliced_backward"
+
+
+BACKWARD = [
+    ClipBackwardCase(*shape, (8, 8), quick=shape == _SHAPES[5])
+    for shape in (_SHAPES[0], *_SHAPES[2:4], *_SHAPES[5::2])
+]
+
+
 class Clips:
     """Random clips, weights and flags of a case.
 
@@ -115,10 +127,22 @@ class Clips:
         other = copy(self)
         order = FRAME_FORMATS[name] if self.case.ragged else FORMATS[name]
         other.input = self.input.contiguous(memory_format=order)
-        other.clips = [clip.contiguous(memory_format=FORMATS[name]) for clip in self.clips]
+        other.clips = [other.input]
+        if self.case.ragged:
+            other.clips = [clip.contiguous(memory_format=FORMATS[name]) for clip in self.clips]
         other.weight = self.weight.contiguous(memory_format=FORMATS[name])
         other.taps = [tap.contiguous(memory_format=FRAME_FORMATS[name]) for tap in self.taps]
         return other
+
+    def leaves(self, form: str) -> tuple[Tensor, ...]:
+        """Input, weight and bias of a form; the sum of 2D convolutions has a weight for each tap."""
+        return (self.input, *(self.taps if form == "summed" else (self.weight,)), self.bias)
+
+    def gradients(self, form: str, upstream: Tensor) -> tuple[Tensor, ...]:
+        """Those of the leaves of a form, for clips of one length, from the output's gradient."""
+        output = self.together(getattr(self, form)())
+        assert isinstance(output, Tensor)
+        return torch.autograd.grad(output, self.leaves(form), upstream)
 
     @property
     def work(self) -> float:

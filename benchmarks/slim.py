@@ -70,6 +70,12 @@ class SlimCase:
         return math.prod(self.slimmed) * math.prod(self.kernel) * self.frames * out_size**2
 
 
+class SlimBackwardCase(SlimCase):
+    """The same, forward and backward to input, weight and bias."""
+
+    family = "slim_backward"
+
+
 @dataclass(frozen=True)
 class SlimModelCase:
     """Slow-R50 within a budget, against the whole network without one on the same clip of 8 x 256²."""
@@ -128,6 +134,11 @@ def _layers() -> list[SlimCase]:
 
 
 SLIM = _layers()
+BACKWARD = [
+    SlimBackwardCase(inputs, outputs, kernel, size, 8, 0.63, stride, quick=number == QUICK_LAYERS[1])
+    for number, (inputs, outputs, kernel, size, stride) in enumerate(SLOW_LAYERS)
+    if number in (1, 4, 7, 9, 11)
+]
 SLIM_MODELS = [
     SlimModelCase(256, 8, 1.0),
     SlimModelCase(224, 4, 0.8),
@@ -197,6 +208,45 @@ class SlimLayer:
         arguments = {"out_channels": self.count, "segments": self.case.segments}
         return {form: partial(self.conv, in_form(self.input, form), **arguments) for form in FORMATS}
 
+    def gradients(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
+        """Of all forms, forward and backward: the gradients of input, weight and bias.
+
+        Those of the dense layer are of its own weight and bias, the others of the whole ones.
+        """
+        case = self.case
+        random = torch.Generator().manual_seed(zlib.crc32(f"{case.family}/{case.name}".encode()))
+        upstream = torch.randn(self.reference().shape, generator=random)
+        upstreams = {form: in_form(upstream, form) for form in DENSE_FORMS}
+        inputs = {form: in_form(self.input, form).detach().requires_grad_() for form in DENSE_FORMS}
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
+        padding = [size // 2 for size in case.kernel]
+        arguments = {"out_channels": self.count, "segments": case.segments}
+
+        def dense(conv: DenseConv, form: str) -> tuple[Tensor, ...]:
+            output = conv(inputs[form]).relu_()
+            return torch.autograd.grad(output, (inputs[form], conv.weight, conv.bias), upstreams[form])
+
+        def sliced(form: str) -> tuple[Tensor, ...]:
+            some, few = self._weight(weight), bias[: self.count]
+            output = F.conv3d(inputs[form], some, few, self.stride, padding).relu_()
+            return torch.autograd.grad(output, (inputs[form], weight, bias), upstreams[form])
+
+        def ours(form: str) -> tuple[Tensor, ...]:
+            output = self.conv(inputs[form], **arguments)
+            return torch.autograd.grad(output, (inputs[form], weight, bias), upstreams[form])
+
+        def allocated(form: str) -> DenseConv:
+            conv = DenseConv(form, self._weight(weight).detach(), self.bias.detach().clone(), self.stride)
+            conv.weight, conv.bias = conv.weight.clone().requires_grad_(), conv.bias.requires_grad_()
+            return conv
+
+        return {
+            "dense": {form: partial(dense, allocated(form), form) for form in DENSE_FORMS},
+            "masked": {form: partial(sliced, form) for form in FORMATS},
+            "ours": {form: partial(ours, form) for form in FORMATS},
+        }
+
     def reference(self) -> Tensor:
         """The operator's reference."""
         with ak.use_backend("reference"):
@@ -244,7 +294,7 @@ def render_slim(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Rows of the page's tables: each layer and each budget, with the times of the forms."""
     rows: list[tuple[str, ...]] = []
     for record in records:
-        if record["family"] not in ("slim", "slim_model"):
+        if record["family"] not in ("slim", "slim_backward", "slim_model"):
             continue
         ms = {group: record["times"][name]["p50"] * 1e3 for group, name in record["best"].items()}
         rows.append(

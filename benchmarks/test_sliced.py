@@ -37,6 +37,34 @@ def test_clips(benchmark: Any, clip_case: ClipCase, quick: bool) -> None:
     _report(benchmark, clip_case, record, plain.work, **facts)
 
 
+def test_clips_backward(benchmark: Any, clip_backward_case: ClipCase, quick: bool) -> None:
+    """Forward and backward to input, weight and bias; the result that is checked is the three gradients."""
+    plain = Clips(clip_backward_case)
+    forms = {name: plain.in_format(name) for name in FORMATS}
+    for form in forms.values():
+        for leaf in (*form.leaves("ours"), *form.leaves("summed")):
+            leaf.requires_grad_()
+    output = plain.reference()
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(clip_backward_case.seed))
+    upstreams = {name: upstream.contiguous(memory_format=order) for name, order in FORMATS.items()}
+
+    def variants(way: str) -> dict[str, Any]:
+        return {name: partial(form.gradients, way, upstreams[name]) for name, form in forms.items()}
+
+    with ak.use_backend("reference"):
+        expected = forms["contiguous"].gradients("ours", upstream)
+    summed = {f"{name}, summed": runner for name, runner in variants("summed").items()}
+    groups = {
+        "dense": variants("dense") | summed,
+        "masked": variants("masked"),
+        "ours": variants("ours"),
+    }
+    tolerances = {"ours": 1e-3, "masked": 1e-3}
+    record = contest(benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP)
+    facts = {"shape": asdict(clip_backward_case), "backend": plain.backend()}
+    _report(benchmark, clip_backward_case, record, plain.work, **facts)
+
+
 def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
     """Ours against the plain network on all frames; policies are given, their heads are not run."""
     torch.manual_seed(0)

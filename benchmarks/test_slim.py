@@ -17,21 +17,31 @@ from benchmarks.slim import DenseSlow, SlimCase, SlimLayer, SlimModelCase
 def test_slim(benchmark: Any, slim_case: SlimCase, quick: bool) -> None:
     layer = SlimLayer(slim_case)
     with torch.inference_mode():
-        record = contest(
-            benchmark,
-            {"dense": layer.dense(), "masked": layer.sliced(), "ours": layer.ours()},
-            layer.reference(),
-            {"dense": 1e-4, "masked": 1e-4, "ours": 1e-4},
-            quick=quick,
-        )
+        groups = {"dense": layer.dense(), "masked": layer.sliced(), "ours": layer.ours()}
+        expected, tolerances = layer.reference(), {"dense": 1e-4, "masked": 1e-4, "ours": 1e-4}
+        record = contest(benchmark, groups, expected, tolerances, quick=quick)
+    _report(benchmark, slim_case, layer, record)
+
+
+def test_slim_backward(benchmark: Any, slim_backward_case: SlimCase, quick: bool) -> None:
+    """Forward and backward to input, weight and bias; the result that is checked is the three gradients."""
+    layer = SlimLayer(slim_backward_case)
+    groups = layer.gradients()
+    with ak.use_backend("reference"):
+        expected = groups["ours"]["contiguous"]()
+    record = contest(benchmark, groups, expected, {"masked": 1e-3, "ours": 1e-3}, quick=quick)
+    _report(benchmark, slim_backward_case, layer, record)
+
+
+def _report(benchmark: Any, case: SlimCase, layer: SlimLayer, record: dict[str, Any]) -> None:
     seconds = medians(record)
-    benchmark.group = "slim"
+    benchmark.group = case.family
     benchmark.extra_info.update(
-        family="slim",
-        case=slim_case.name,
+        family=case.family,
+        case=case.name,
         backend=layer.backend(),
-        width=slim_case.width,
-        macs=slim_case.macs,
+        width=case.width,
+        macs=case.macs,
         time_ratio=seconds["ours"] / seconds["dense"],
         masked_ratio=seconds["ours"] / seconds["masked"],
         **record,

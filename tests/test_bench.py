@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import adakernels as ak
 from adakernels import bench, models
 from adakernels.ops import gated_conv2d_flops, needed_channels
 
@@ -269,7 +270,7 @@ def test_floor_counts_bytes() -> None:
 def test_cases() -> None:
     known = cases.LAYERS + cases.BACKWARD + cases.MODELS + cases.MEMORY + cases.PATCHES
     known = [*known, *sliced.CLIPS, *sliced.MODELS, *slim.SLIM, *slim.SLIM_MODELS, *memory.MEMORY_3D]
-    known += dynamic.LAYERS + dynamic.MODELS
+    known += [*dynamic.LAYERS, *dynamic.MODELS, *sliced.BACKWARD, *slim.BACKWARD]
     names = [f"{case.family}-{case.name}" for case in known]
     assert len(set(names)) == len(names)
     assert {case.batch for case in cases.LAYERS} == {8, 32}
@@ -406,6 +407,39 @@ def test_clip_forms_agree(lengths: tuple[int, ...]) -> None:
             measure.assert_matches(plain.together(form.masked()), expected)
             measure.assert_matches(plain.together(form.dense()), dense)
             measure.assert_matches(plain.together(form.summed()), dense)
+
+
+def test_gradients_of_clip_forms_agree() -> None:
+    plain = sliced.Clips(sliced.ClipBackwardCase(4, 6, 5, (3, 3)))
+    plain.temporal = torch.ones(2, dtype=torch.bool)
+    upstream = torch.randn(plain.reference().shape)
+    with ak.use_backend("reference"):
+        for leaf in plain.leaves("ours"):
+            leaf.requires_grad_()
+        expected = plain.gradients("ours", upstream)
+    for name in FORMATS:
+        form = plain.in_format(name)
+        for tensor in (form.input, form.weight, form.bias, *form.taps):
+            tensor.detach_().requires_grad_()
+        for way in ("dense", "masked", "ours"):
+            measure.assert_matches(form.gradients(way, upstream), expected)
+        to_input, *to_taps, to_bias = form.gradients("summed", upstream)
+        measure.assert_matches((to_input, torch.stack(to_taps, 2), to_bias), expected)
+
+
+def test_gradients_of_slim_forms_agree() -> None:
+    case = slim.SlimBackwardCase(32, 48, (3, 1, 1), 6, 2, 0.5)
+    groups = slim.SlimLayer(case).gradients()
+    with ak.use_backend("reference"):
+        to_input, to_weight, to_bias = expected = groups["ours"]["contiguous"]()
+    for group in ("masked", "ours"):
+        for runner in groups[group].values():
+            measure.assert_matches(runner(), expected)
+    inputs, outputs = case.slimmed
+    part = to_input, to_weight[:outputs, :inputs], to_bias[:outputs]
+    for runner in groups["dense"].values():
+        to_input, to_weight, to_bias = runner()
+        measure.assert_matches((to_input, to_weight.reshape(part[1].shape), to_bias), part)
 
 
 def test_folded_i3d_is_the_network() -> None:
