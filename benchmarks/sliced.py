@@ -87,6 +87,10 @@ class ClipBackwardCase(ClipCase):
 
     family = "sliced_backward"
 
+    @property
+    def name(self) -> str:
+        return f"{super().name}-backward"
+
 
 BACKWARD = [
     ClipBackwardCase(*shape, (8, 8), quick=shape == _SHAPES[5])

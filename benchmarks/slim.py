@@ -75,6 +75,10 @@ class SlimBackwardCase(SlimCase):
 
     family = "slim_backward"
 
+    @property
+    def name(self) -> str:
+        return f"{super().name}-backward"
+
 
 @dataclass(frozen=True)
 class SlimModelCase:

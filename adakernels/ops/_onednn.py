@@ -26,6 +26,11 @@ _CONV = (
 )
 library.define(f"channels_last_conv({_CONV}) -> Tensor")
 library.define(f"channels_last_conv_(Tensor(a!) target, {_CONV}) -> ()")
+library.define(
+    "channels_last_conv_backward_(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
+    "Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "bool want_input, bool want_weight, bool want_bias) -> ()"
+)
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
@@ -96,3 +101,40 @@ def _conv_to(
     )
     if not fused:
         activate(target, name, inplace=True)
+
+
+@torch.library.impl(library, "channels_last_conv_backward_", "CPU")
+def _conv_backward(
+    grad_input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
+    grad_weight: Tensor,  # [C_out, C_in, kh, kw] or [C_out, C_in, kt, kh, kw]
+    grad_bias: Tensor,  # [C_out]
+    grad_output: Tensor,  # [N, C_out, H', W'] or [B, C_out, T', H', W']
+    input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
+    weight: Tensor,  # [C_out, C_in, kh, kw] or [C_out, C_in, kt, kh, kw]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    want_input: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> None:
+    """Writes the input's gradient where it is wanted, and adds the others to what is there."""
+    grads = torch.ops.aten.convolution_backward.default(
+        grad_output,
+        input,
+        weight,
+        weight.shape[:1],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        1,
+        [want_input, want_weight, want_bias],
+    )
+    if want_input:
+        grad_input.copy_(grads[0])
+    if want_weight:
+        grad_weight.add_(grads[1])
+    if want_bias:
+        grad_bias.add_(grads[2])

@@ -1,7 +1,6 @@
 // sliced_conv3d for the CPU: turns the clips' flags and offsets into ranges of frames and temporal taps, and hands them
 // to the convolution core.
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -116,21 +115,6 @@ bool runs_on_torch(const Problem& problem, const Tensor& input) {
          t.stride == 1 && t.size % 2 == 1 && 2 * t.padding == t.dilation * (t.size - 1);
 }
 
-using Stack = std::vector<StableIValue>;
-
-// The arguments of a convolution of ours in Python, which is oneDNN's where there is one, after `target` if any.
-Stack conv_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const std::vector<KernelAxis>& axes, int64_t activation) {
-  std::vector<int64_t> stride, padding, dilation;
-  for (const KernelAxis& axis : axes) {
-    stride.push_back(axis.stride);
-    padding.push_back(axis.padding);
-    dilation.push_back(axis.dilation);
-  }
-  using torch::stable::detail::from;
-  return {from(input), from(weight), from(bias), from(stride), from(padding), from(dilation), from(activation)};
-}
-
 // Neighbouring clips that one call serves: of single frames for the centre tap, of clips of one length for all taps.
 struct Run {
   bool sliced;
@@ -168,35 +152,81 @@ Tensor clips_view(const Tensor& tensor, const Run& run) {
   return torch::stable::from_blob(data, sizes, strides, tensor.device(), tensor.scalar_type());
 }
 
+using Stack = std::vector<StableIValue>;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// The taps of the weight that a run takes. [C_out, C_in, kt, kh, kw]
+Tensor taps_of(const Tensor& weight, const Run& run) {
+  return run.sliced ? torch::stable::select(weight, 2, weight.size(2) / 2) : weight;
+}
+
+// What follows the tensors in a call for a run: its stride, padding and dilation.
+void push_geometry(Stack& stack, const Problem& problem, const Run& run) {
+  std::vector<int64_t> stride, padding, dilation;
+  for (const KernelAxis* axis : {&problem.t, &problem.y, &problem.x}) {
+    if (run.sliced && axis == &problem.t) continue;
+    stride.push_back(axis->stride);
+    padding.push_back(axis->padding);
+    dilation.push_back(axis->dilation);
+  }
+  for (const auto& values : {stride, padding, dilation}) stack.push_back(from(values));
+}
+
+void call(const char* op, Stack& stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+}
+
 // The result of a single run is the output, those of several go to their places in one.
 Tensor convolve_on_torch(const Problem& problem, const std::vector<Clip>& clips, const Tensor& input,
                          const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
                          const std::vector<int64_t>& sizes) {
   const std::vector<Run> runs = runs_of(clips, problem.t.size);
-  const auto arguments = [&](const Run& run) {
-    const Tensor taps = run.sliced ? torch::stable::select(weight, 2, problem.t.size / 2) : weight;
-    std::vector<KernelAxis> axes = {problem.y, problem.x};
-    if (!run.sliced) axes.insert(axes.begin(), problem.t);
-    return conv_arguments(clips_view(input, run), taps, bias, axes, activation);
+  const auto push_arguments = [&](Stack& stack, const Run& run) {
+    for (const StableIValue value : {from(clips_view(input, run)), from(taps_of(weight, run)), from(bias)})
+      stack.push_back(value);
+    push_geometry(stack, problem, run);
+    stack.push_back(from(activation));
   };
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
   if (runs.size() == 1) {
-    Stack stack = arguments(runs[0]);
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("adakernels::channels_last_conv", "", stack.data(), TORCH_ABI_VERSION));
+    Stack stack;
+    push_arguments(stack, runs[0]);
+    call("adakernels::channels_last_conv", stack);
     stack = {stack[0], from(sizes), from(strides_like_format(input, sizes)), from(std::nullopt)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
+    call("aten::as_strided", stack);
     return to<Tensor>(stack[0]);
   }
   const Tensor output = empty_like_format(input, sizes);
   for (const Run& run : runs) {
-    Stack stack = arguments(run);
-    stack.insert(stack.begin(), from(clips_view(output, run)));
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("adakernels::channels_last_conv_", "", stack.data(), TORCH_ABI_VERSION));
+    Stack stack = {from(clips_view(output, run))};
+    push_arguments(stack, run);
+    call("adakernels::channels_last_conv_", stack);
   }
   return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients_on_torch(const Problem& problem, const std::vector<Clip>& clips,
+                                                      const Tensor& grad_output, const Tensor& input,
+                                                      const Tensor& weight, bool want_input, bool want_weight,
+                                                      bool want_bias) {
+  const auto zeros = [&](bool wanted, const std::vector<int64_t>& sizes) {
+    return torch::stable::new_zeros(weight, wanted ? sizes : std::vector<int64_t>{0});
+  };
+  const Tensor grad_input = want_input ? empty_like_format(input, sizes_of(input)) : zeros(false, {});
+  const Tensor grad_weight = zeros(want_weight, sizes_of(weight));
+  const Tensor grad_bias = zeros(want_bias, {problem.out_channels});
+  for (const Run& run : runs_of(clips, problem.t.size)) {
+    Stack stack = {from(want_input ? clips_view(grad_input, run) : grad_input),
+                   from(want_weight ? taps_of(grad_weight, run) : grad_weight),
+                   from(grad_bias),
+                   from(clips_view(grad_output, run)),
+                   from(clips_view(input, run)),
+                   from(taps_of(weight, run))};
+    push_geometry(stack, problem, run);
+    for (const bool want : {want_input, want_weight, want_bias}) stack.push_back(from(want));
+    call("adakernels::channels_last_conv_backward_", stack);
+  }
+  return {grad_input, grad_weight, grad_bias};
 }
 
 Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
@@ -229,6 +259,12 @@ std::tuple<Tensor, Tensor, Tensor> sliced_conv3d_backward(
     bool want_input, bool want_weight, bool want_bias) {
   const Problem problem = checked_problem(input, weight, frame_offsets, stride, padding, dilation, groups);
   check_gradient(problem, grad_output, input);
+  // In bfloat16, oneDNN 3.12 gets weight gradients wrong where a kernel is longer than the input.
+  if (runs_on_torch(problem, input) && input.scalar_type() == ScalarType::Float && grad_output.numel() > 0 &&
+      has_format(grad_output, true)) {
+    Domain domain(problem, input, input, temporal, frame_offsets);
+    return gradients_on_torch(problem, domain.clips(), grad_output, input, weight, want_input, want_weight, want_bias);
+  }
   Domain domain(problem, input, grad_output, temporal, frame_offsets);
   return convolution_gradients(problem, grad_output, input, weight, domain.units(), domain.gradient_units(),
                                no_channels(), want_input, want_weight, want_bias);
