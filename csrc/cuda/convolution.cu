@@ -43,7 +43,7 @@ struct Task {
   Domain domain;
   Geometry geometry;
   Sources sources;
-  Layout target;
+  FrameShape target;
   const int64_t* policy;  // [N', C_out] | null
   int64_t clip_frames;
   int32_t in_channels, in_chunks;  // C_in, P in vectors
@@ -81,7 +81,7 @@ struct alignas(kVectorBytes) Tap {
 // The frame that a temporal tap reads, or -1.
 template <typename T>
 __device__ int64_t source(const Task<T>& task, int64_t row, int32_t tap) {
-  return task.sources != nullptr ? task.sources[row * task.geometry.depth + tap] : row;
+  return source_of(task.sources, task.geometry.depth, row, tap);
 }
 
 // How many of the temporal taps before `end` read a frame.
@@ -467,6 +467,8 @@ enum Action : int32_t { kOwn = 1, kResult = 2, kNext = 4 };
 template <typename T>
 __device__ int32_t action_of(const Task<T>& task, const Part& part, int column, int32_t channel) {
   const int32_t result = column < part.columns ? kResult : 0;
+  // What is behind a count without a list is left alone.
+  if (task.domain.outputs == nullptr && result == 0) return 0;
   if (task.policy == nullptr) return kOwn | result;
   const int64_t* own = task.policy + part.row * task.target.channels + channel;
   const int64_t frame = part.row % task.clip_frames;
@@ -482,7 +484,7 @@ __device__ void find_channels(int32_t* channels, int32_t* actions, const Task<T>
   if (int(threadIdx.x) >= Tile::kColumns) return;
   const int column = int(threadIdx.x), index = part.first_column + column;
   channels[column] = actions[column] = 0;
-  if (index >= task.target.channels) return;
+  if (index >= int(task.target.channels)) return;
   const int32_t* list = task.domain.outputs;
   channels[column] = list != nullptr ? list[part.row * task.target.channels + index] : index;
   actions[column] = action_of(task, part, column, channels[column]);
@@ -513,8 +515,8 @@ __device__ void put_results(float* results, const Sums<Tile>& sums, const Task<T
 template <typename T, typename Tile>
 __device__ void store_results(const Task<T>& task, const Part& part, const float* results, const Pixel* pixels,
                               const int32_t* channels, const int32_t* actions) {
-  const Layout& target = task.target;
-  T* frame = task.output + part.row / target.frames * target.step_clip + part.row % target.frames * target.step_frame;
+  const FrameShape& target = task.target;
+  T* frame = task.output + target.at(uint32_t(part.row));
   for (int index = int(threadIdx.x); index < Tile::kRows * Tile::kColumns; index += Tile::kThreads) {
     const bool planar = target.step_pixel == 1;
     const int row = planar ? index % Tile::kRows : index / Tile::kColumns;
@@ -535,10 +537,11 @@ template <typename T, typename Tile>
 __device__ void store_vectors(const Task<T>& task, const Part& part, const float* results, const Pixel* pixels,
                               const int32_t* actions) {
   constexpr int kVectors = Tile::kColumns / kChunk<T>;
-  const Layout& target = task.target;
-  T* frame = task.output + part.row / target.frames * target.step_clip + part.row % target.frames * target.step_frame;
+  const FrameShape& target = task.target;
+  T* frame = task.output + target.at(uint32_t(part.row));
   const int column = int(threadIdx.x) % kVectors * kChunk<T>;
-  if (part.first_column + column >= target.channels) return;
+  if (part.first_column + column >= int(target.channels)) return;
+  if (actions[column] == 0) return;
   for (int row = int(threadIdx.x) / kVectors; row < Tile::kRows; row += Tile::kThreads / kVectors) {
     const Pixel pixel = pixels[row];
     if (pixel.pixel < 0) continue;
@@ -552,7 +555,7 @@ __device__ void store_vectors(const Task<T>& task, const Part& part, const float
   }
 }
 
-// A block has a part of the output. Where none of its channels is to be computed, it only writes zeros.
+// A block has a part of the output. Where none of its channels is to be computed, it only writes zeros, if anything.
 template <typename T, typename Tile, bool kExact, bool kByInput>
 __global__ void __launch_bounds__(Tile::kThreads, 2) convolution_kernel(Task<T> task, bool whole_vectors) {
   unsigned char* memory = shared_memory();
@@ -564,6 +567,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) convolution_kernel(Task<T> 
   Part& part = *reinterpret_cast<Part*>(memory + Tile::kPartAt);
   if (threadIdx.x == 0) part = part_of<T, Tile>(task);
   __syncthreads();
+  if (part.columns == 0 && task.domain.outputs == nullptr) return;
   find_pixels<T, Tile>(pixels, task, part);
   find_channels<T, Tile>(channels, actions, task, part);
   if (part.steps > 0) find_taps<T, Tile>(taps, task, part);
@@ -600,7 +604,7 @@ using SmallTile = Tile<64, 64, 128, 4>;
 
 template <typename T, bool kExact, bool kByInput>
 void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
-  const Layout& target = task.target;
+  const FrameShape& target = task.target;
   const auto& [side_y, side_x, depth] = task.geometry;
   const int64_t phases = side_y.phases() * side_x.phases();
   const int64_t places = int64_t(side_y.places()) * side_x.places() * (task.merged ? target.rows : 1);
@@ -631,13 +635,17 @@ void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
 
 }  // namespace
 
+Geometry geometry_of(const Tensor& read, const Tensor& written, const Window& window, int32_t depth, bool transposed) {
+  const auto size = [](const Tensor& frames, int64_t from_end) { return int32_t(frames.size(frames.dim() - from_end)); };
+  const Window& w = window;
+  return {Side{size(read, 2), size(written, 2), w.kernel_y, w.stride_y, w.padding_y, w.dilation_y, transposed},
+          Side{size(read, 1), size(written, 1), w.kernel_x, w.stride_x, w.padding_x, w.dilation_x, transposed}, depth};
+}
+
 void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const Domain& domain, const Geometry& geometry,
               Sources sources, const Epilogue& epilogue, bool exact) {
   if (output.numel() == 0) return;
-  const Layout target = layout_of(output), source = layout_of(input);
-  STD_TORCH_CHECK(std::max(target.rows, source.rows) <= INT32_MAX, "convolution: expected at most 2^31 - 1 frames");
-  STD_TORCH_CHECK(target.channels * target.pixels <= INT32_MAX && source.channels * source.pixels <= INT32_MAX,
-                  "convolution: expected at most 2^31 - 1 values per frame");
+  const FrameShape target = frame_shape(output, "convolution"), source = frame_shape(input, "convolution");
   const bool packed = domain.inputs == nullptr && is_packed(input);
   const Tensor features = packed ? input : pack_features(input, domain.inputs, domain.input_count);
   const Stream stream(output);
@@ -656,7 +664,7 @@ void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const D
     task.weight_inner = int32_t(filled);
     // Offsets of a block's pixels and their number are of 32 bits.
     task.merged = same && target.is_even() && source.rows == target.rows &&
-                  (LargeTile::kRows + 1) * in_chunks * source.pixels <= INT32_MAX;
+                  (LargeTile::kRows + 1) * in_chunks * source.pixels() <= INT32_MAX;
     const bool whole_vectors = domain.outputs == nullptr && epilogue.policy == nullptr && target.step_channel == 1 &&
                                target.channels % kChunk<T> == 0 && is_aligned(output);
     if constexpr (sizeof(T) == 2) {
