@@ -41,8 +41,9 @@ void check(const ClipConvolution& c, const Tensor& input) {
   STD_TORCH_CHECK((c.weight.dim() == 4 || c.weight.dim() == 5) && c.weight.scalar_type() == input.scalar_type(), c.op,
                   ": expected a weight [C_out, C_in/groups, ...] of the input's dtype");
   const int64_t channels = input.size(1);
-  STD_TORCH_CHECK(c.weight.size(1) == (c.depthwise ? 1 : channels) && (!c.depthwise || c.weight.size(0) % channels == 0),
-                  c.op, ": expected groups 1 or C_in = ", channels, " and a weight for as many channels");
+  const bool whole = !c.depthwise || c.weight.size(0) % channels == 0;
+  STD_TORCH_CHECK(c.weight.size(1) == (c.depthwise ? 1 : channels) && whole, c.op,
+                  ": expected groups 1 or C_in = ", channels, " and a weight for as many channels");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Convolutions of frames or clips in one group or depthwise, of which every clip has all temporal taps or the centre one,
-// and of which gates say what is computed.
+// Convolutions of frames or clips in one group or depthwise, of which every clip has all temporal taps or the centre
+// one, and of which gates say what is computed.
 #pragma once
 
 #include <cstdint>

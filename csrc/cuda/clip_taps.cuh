@@ -22,8 +22,8 @@ struct ClipTaps {
 };
 
 // No source is a frame outside of the clip, what is not the centre tap where a clip has that one alone, and, as
-// `transposed`, a frame that no level computes. Channels are counted with gates only: of a frame that is written, or, as
-// `transposed`, of those that it goes into.
+// `transposed`, a frame that no level computes. Channels are counted with gates only: of a frame that is written, or,
+// as `transposed`, of those that it goes into.
 ClipTaps clip_taps(const char* op, const Tensor& written,               // [B, C', T', H', W'] | [sum T, C', H', W']
                    const Tensor& read,                                  // [B, C, T, H, W] | [sum T, C, H, W]
                    const std::optional<Tensor>& temporal,               // [B] bool

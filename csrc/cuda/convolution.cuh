@@ -57,6 +57,10 @@ struct Epilogue {
   int64_t frames;         // of a clip
 };
 
+// Among how many blocks the sums of each tile are split where there are few tiles, so many steps long at most. What
+// they leave is no more than twice as many tiles as there are multiprocessors, and is added up in a fixed order.
+int64_t splits_of_sums(int64_t tiles, int64_t steps, int64_t multiprocessors);
+
 // Fills the output with the convolution of the domain; output channels outside it are zero. Lists without a count are
 // not possible. A count without a list is that of the first channels: of the output the others are left as they are, or
 // become zero, and of the input they have to be zero as far as they fill the count's last vector of 16 bytes.

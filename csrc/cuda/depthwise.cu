@@ -212,7 +212,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       const int64_t source_row = source_of(domain.sources, domain.depth, row, tap / window.taps());
       if (source_row < 0) continue;
       const int place = tap % window.taps();
-      const int tap_y = place / window.kernel_x * window.dilation_y, tap_x = place % window.kernel_x * window.dilation_x;
+      const int tap_y = place / window.kernel_x * window.dilation_y;
+      const int tap_x = place % window.kernel_x * window.dilation_x;
       int y, x;
       if constexpr (kGradient) {
         y = out_y + window.padding_y - tap_y, x = out_x + window.padding_x - tap_x;
@@ -238,8 +239,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 template <typename Run>
 bool for_window(const Depthwise& shape, bool gradient, const Run& run) {
   const Window& w = shape.window;
-  if (shape.multiplier != 1 || shape.domain.depth > kMostDepth || w.kernel_y != w.kernel_x || w.stride_y != w.stride_x || w.dilation_y != 1 ||
-      w.dilation_x != 1)
+  const bool square = w.kernel_y == w.kernel_x && w.stride_y == w.stride_x;
+  if (shape.multiplier != 1 || shape.domain.depth > kMostDepth || !square || w.dilation_y != 1 || w.dilation_x != 1)
     return false;
   const auto with = [&](auto kernel) {
     if (w.stride_y == 1) return run(kernel, std::integral_constant<int, 1>()), true;
@@ -297,7 +298,8 @@ void depthwise_convolution(Tensor& output, const Tensor& input, const Tensor& we
 
 void depthwise_input_gradient(Tensor& grad_input, const Tensor& grad, const Tensor& weight,
                               const DepthwiseDomain& domain, const Window& window) {
-  convolve<true>(grad_input, grad, weight, std::nullopt, domain, uint32_t(grad.size(1) / grad_input.size(1)), window, 0);
+  const uint32_t multiplier = uint32_t(grad.size(1) / grad_input.size(1));
+  convolve<true>(grad_input, grad, weight, std::nullopt, domain, multiplier, window, 0);
 }
 
 }  // namespace adakernels

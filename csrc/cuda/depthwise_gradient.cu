@@ -100,7 +100,8 @@ void gradient(Tensor& to, const Tensor& grad, const Tensor* input, const Depthwi
       constexpr int kTaps = kTapsOf<kernel()>;
       const int64_t channel_blocks = ceil_div(out.channels, Own::kChannelLanes * channels());
       const int64_t tap_blocks = ceil_div(w.taps(), kTaps), blocks = channel_blocks * tap_blocks * domain.depth;
-      const int64_t wanted = std::clamp<int64_t>(kBlocks / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(lines, 1));
+      const int64_t wanted =
+          std::clamp<int64_t>(kBlocks / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(lines, 1));
       const int64_t lines_per_split = std::max<int64_t>(ceil_div(lines, wanted), 1);
       const int64_t splits = std::max<int64_t>(ceil_div(lines, lines_per_split), 1);
       Tensor partial = torch::stable::new_empty(grad, {splits, int64_t(out.channels), int64_t(domain.depth) * w.taps()},

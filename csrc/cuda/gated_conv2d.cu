@@ -16,7 +16,8 @@ namespace {
 using Pair = std::vector<int64_t>;
 
 void check_depthwise(int64_t groups, const Tensor& input) {
-  STD_TORCH_CHECK(groups == input.size(1), "gated_conv2d: expected groups 1 or C_in = ", input.size(1), ", got ", groups);
+  STD_TORCH_CHECK(groups == input.size(1), "gated_conv2d: expected groups 1 or C_in = ", input.size(1), ", got ",
+                  groups);
 }
 
 DepthwiseDomain domain_of(const std::optional<Tensor>& policy, const std::optional<Tensor>& in_policy, int64_t frames) {
@@ -44,14 +45,14 @@ Tensor gated_conv2d(Tensor input,                     // [N, C_in, H, W]
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(Tensor grad_output,               // [N, C_out, H', W']
-                                                         Tensor input,                     // [N, C_in, H, W]
-                                                         Tensor weight,                    // [C_out, C_in/groups, kh, kw]
-                                                         std::optional<Tensor> policy,     // [N, C_out]
-                                                         std::optional<Tensor> in_policy,  // [N, C_in]
-                                                         int64_t frames, Pair stride, Pair padding, Pair dilation,
-                                                         int64_t groups, bool want_input, bool want_weight,
-                                                         bool want_bias) {
+std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(
+    Tensor grad_output,               // [N, C_out, H', W']
+    Tensor input,                     // [N, C_in, H, W]
+    Tensor weight,                    // [C_out, C_in/groups, kh, kw]
+    std::optional<Tensor> policy,     // [N, C_out]
+    std::optional<Tensor> in_policy,  // [N, C_in]
+    int64_t frames, Pair stride, Pair padding, Pair dilation, int64_t groups, bool want_input, bool want_weight,
+    bool want_bias) {
   const Window w = window_of(weight, stride, padding, dilation);
   if (groups != 1) check_depthwise(groups, input);
   weight = torch::stable::contiguous(weight);

@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, 4) reconstruction_kernel(T* output, 
   }
 }
 
-// One of the steps alone: all channels of a computed frame, or what the gradients of all frames, or of all channels, give
-// back to those that they are made from.
+// One of the steps alone: all channels of a computed frame, or what the gradients of all frames, or of all channels,
+// give back to those that they are made from.
 enum class Step { channels, frames_gradient, channels_gradient };
 
 // A group is one frame here, of which nothing is written unless it is computed.

@@ -10,8 +10,8 @@
 
 namespace adakernels {
 
-// The levels of every clip and the filters. What they are given has the values of the frames and first channels that the
-// lowest live levels compute, and anything elsewhere.
+// The levels of every clip and the filters. What they are given has the values of the frames and first channels that
+// the lowest live levels compute, and anything elsewhere.
 struct Reconstruction {
   std::optional<Tensor> temporal_gate, channel_gate;  // [B, S_t], [B, S_c]
   std::optional<Tensor> temporal_weight;              // [2^(S_t-1) - 1, C, k, k]

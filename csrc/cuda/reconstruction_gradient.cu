@@ -1,6 +1,6 @@
 // Gradients of the gates and filters of a reconstruction: sums over pixels and frames of a gradient times what a branch
-// reads for it, by clip, branch, channel and tap. A branch is a channel level, or a temporal level and how far behind the
-// given frame it makes one.
+// reads for it, by clip, branch, channel and tap. A branch is a channel level, or a temporal level and how far behind
+// the given frame it makes one.
 #include <algorithm>
 #include <type_traits>
 
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       const T* grad_frame = grad + shape.at(row) + channel * shape.step_channel;
       const T* read = given + shape.at(row - distance) + from * shape.step_channel;
       if (branches.is_made(branch, channel))
-        add_frame<T, 1, kKernel, kChannelsLast>(sums, grad_frame, read, shape, shape, window, kWanted, 0, shape.height, 0);
+        add_frame<T, 1, kKernel, kChannelsLast>(sums, grad_frame, read, shape, shape, window, kWanted, 0,
+                                                shape.height, 0);
       else
         add_frame<T, 1, 1, kChannelsLast>(kept, grad_frame, read, shape, shape, {1, 1, 1, 1, 0, 0, 1, 1}, kWanted, 0,
                                           shape.height, 0);

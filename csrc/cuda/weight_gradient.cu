@@ -291,7 +291,8 @@ template <typename T>
 Factor<T> factor_of(const Tensor& packed, int64_t channels, const int32_t* list, const int32_t* count,
                     std::optional<Tensor>& bounds) {
   const uint32_t ranges = uint32_t(ceil_div(channels, kRange));
-  Factor<T> factor{data<T>(packed), list, nullptr, count, uint32_t(channels), uint32_t(ceil_div(channels, kChunk<T>)), ranges};
+  const uint32_t chunks = uint32_t(ceil_div(channels, kChunk<T>));
+  Factor<T> factor{data<T>(packed), list, nullptr, count, uint32_t(channels), chunks, ranges};
   if (list == nullptr) return factor;
   const int64_t rows = packed.size(0), threads = rows * (ranges + 1);
   bounds = torch::stable::new_empty(packed, {rows, int64_t(ranges) + 1}, ScalarType::Int);
@@ -310,8 +311,8 @@ void gated_weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor
   weight_gradient(grad_weight, grad, input, lists.domain(), nullptr, window);
 }
 
-void weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor& input, const Domain& domain, Sources sources,
-                     const Window& window) {
+void weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor& input, const Domain& domain,
+                     Sources sources, const Window& window) {
   const auto pack = [](const Tensor& features, const int32_t* list, const int32_t* count) {
     return list == nullptr && is_packed(features) ? features : pack_features(features, list, count);
   };
