@@ -82,6 +82,8 @@ def _finish(
     p_outputs,
     value,
     i_row,
+    i_clip,
+    i_frame,
     i_pixel,
     i_out,
     m_pixel,
@@ -89,7 +91,6 @@ def _finish(
     m_needed,
     frames,
     channels,
-    out_frames,
     step_clip,
     step_frame,
     step_channel,
@@ -107,7 +108,6 @@ def _finish(
     elif p_policy is None:
         # The channels that fill up a block are zero.
         value = tl.where(m_needed[None, :], value, 0.0)
-    i_clip, i_frame = (i_row // out_frames).to(tl.int64), i_row % out_frames
     p_frame = p_output + i_clip * step_clip + i_frame.to(tl.int64) * step_frame
     i_value = (i_pixel * step_pixel)[:, None] + (i_out * step_channel)[None, :]
     if MERGED:
@@ -297,6 +297,8 @@ def convolution_kernel(
             p_outputs,
             value,
             i_row,
+            i_clip,
+            i_frame,
             i_pixel,
             i_out,
             m_pixel,
@@ -304,7 +306,6 @@ def convolution_kernel(
             m_needed,
             frames,
             out_channels,
-            out_frames,
             out_step_clip,
             out_step_frame,
             out_step_channel,
@@ -365,6 +366,8 @@ def split_convolution_kernel(
         p_outputs,
         value,
         i_row,
+        (i_row // out_frames).to(tl.int64),
+        i_row % out_frames,
         i_pixel,
         i_out,
         m_pixel,
@@ -372,7 +375,6 @@ def split_convolution_kernel(
         m_needed,
         frames,
         out_channels,
-        out_frames,
         out_step_clip,
         out_step_frame,
         out_step_channel,
