@@ -117,12 +117,6 @@ def _why_not_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
     return f"it has {', '.join(names)} and {last} kernels, not {other}"
 
 
-def has_no_kernel(op: str, backend: str, *, raise_error: bool = False) -> bool:
-    """The predicate of an operator on a backend that it has no kernel for."""
-    language = {"triton": "Triton", "cuda": "CUDA"}[backend]
-    return refuse(op, backend, f"there is no {language} kernel for {op}", raise_error)
-
-
 def can_run_triton(
     op: str,
     device: torch.device,
@@ -242,14 +236,11 @@ def in_order(op: str, predicates: Mapping[str, Predicate], input: _Facts, *conv:
     return ordered
 
 
-def gpu_backend(op: str, kernels: Sequence[str], input: _Facts, *conv: Any) -> str:
-    """The backend that runs an operator which was given CUDA tensors, of those that it has kernels for."""
-    if requested_backend() in kernels:
+def gpu_backend(op: str, input: _Facts, *conv: Any) -> str:
+    """The backend that runs an operator which was given CUDA tensors."""
+    if requested_backend() in ON_GPU:
         return requested_backend()
-    for name in _order_on_gpu(op, input, *conv)[0]:
-        if name in kernels and (name != "cuda" or _extension.has_cuda):
-            return name
-    return "triton"
+    return _order_on_gpu(op, input, *conv)[0][0] if _extension.has_cuda else "triton"
 
 
 def choose(requested: str, predicates: Mapping[str, Predicate]) -> str:

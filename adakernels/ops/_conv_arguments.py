@@ -124,7 +124,7 @@ def can_run_cuda(op: str, input: Facts, groups: int, *, raise_error: bool = Fals
     """Whether the CUDA kernels can run a convolution on such tensors."""
     if not backends.can_run_cuda(op, input[2], input[1], raise_error=raise_error):
         return False
-    return groups == 1 or backends.refuse(op, "cuda", f"it takes groups = 1, not {groups}", raise_error)
+    return one_group_or_all(op, "cuda", input, groups, raise_error)
 
 
 def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:

@@ -16,8 +16,8 @@ from adakernels import backends
 library = Library("adakernels", "DEF")
 _cuda_library = Library("adakernels_cuda", "DEF")
 
-gpu_operators: dict[str, Sequence[str]] = {}
-"""The operators that have GPU kernels, and the backends of these."""
+gpu_operators: list[str] = []
+"""The operators that have GPU kernels, in CUDA and in Triton."""
 
 # What the CUDA kernels have been told.
 _multiplies_exactly = True
@@ -26,30 +26,20 @@ _flop_formulas: dict[Any, Callable[..., int]] = {}
 _functions: dict[Any, type[torch.autograd.Function]] = {}
 
 
-def run_on_gpu(
-    *names: str,
-    kernels: Sequence[str] = backends.ON_GPU,
-    cuda_takes_groups: bool = True,
-) -> None:
+def run_on_gpu(*names: str) -> None:
     """Hand these operators, when they are given CUDA tensors, to the kernels of the same name.
 
     Those are either the operator of that name and schema in the namespace `adakernels_cuda`, which
-    `_cuda_ops.so` implements, or the function of that name and those arguments in `adakernels.triton`;
-    `kernels` says which of the two there are, and `cuda_takes_groups` whether those of CUDA are for more than
-    one channel group, too, if there are both.
+    `_cuda_ops.so` implements, or the function of that name and those arguments in `adakernels.triton`.
     """
     for name in names:
         schema = str(getattr(torch.ops.adakernels, name).default._schema)
         _cuda_library.define(schema.removeprefix("adakernels::"))
-        library.impl(name, _gpu_entry(name, kernels, cuda_takes_groups), "CUDA")
-        gpu_operators[name] = kernels
+        library.impl(name, _gpu_entry(name), "CUDA")
+        gpu_operators.append(name)
 
 
-def _gpu_entry(
-    name: str,
-    kernels: Sequence[str] = backends.ON_GPU,
-    cuda_takes_groups: bool = True,
-) -> Callable[..., Any]:
+def _gpu_entry(name: str) -> Callable[..., Any]:
     compiled = getattr(torch.ops.adakernels_cuda, name).default
     names = [argument.name for argument in compiled._schema.arguments]
     of_a_convolution = "weight" in names and "groups" in names
@@ -59,8 +49,7 @@ def _gpu_entry(
         input = args[first]
         conv = (args[names.index("weight")].shape, args[names.index("groups")]) if of_a_convolution else ()
         facts = (input.shape, input.dtype, input.device)
-        taken = cuda_takes_groups or args[names.index("groups")] == 1
-        if taken and backends.gpu_backend(name, kernels, facts, *conv) == "cuda":
+        if backends.gpu_backend(name, facts, *conv) == "cuda":
             _hand_over_precision()
             return compiled(*args)
         # Imports Triton, which takes a while.

@@ -22,6 +22,7 @@ from adakernels.ops._conv_arguments import (
     autocast,
     before_activation,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     conv_arguments,
     dense_flops,
@@ -48,7 +49,7 @@ library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-run_on_gpu("dynamic_conv3d", "dynamic_conv3d_backward", kernels=("triton",))
+run_on_gpu("dynamic_conv3d", "dynamic_conv3d_backward")
 
 
 def computed_channels(channels: int, level: int) -> int:
@@ -344,15 +345,16 @@ def computed_box(
 
 
 def _predicates(
-    input: Facts, temporal_gate: Facts | None, channel_gate: Facts | None, groups: int
+    input: Facts, weight: Facts, temporal_gate: Facts | None, channel_gate: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
     if temporal_gate is None and channel_gate is None:
         return {}
-    return {
-        "cuda": partial(backends.has_no_kernel, "dynamic_conv3d", "cuda"),
+    predicates = {
+        "cuda": partial(can_run_cuda, "dynamic_conv3d", input, groups),
         "triton": partial(can_run_triton, "dynamic_conv3d", input, groups),
         "cpu": partial(can_run_cpu, "dynamic_conv3d", input, groups),
     }
+    return backends.in_order("dynamic_conv3d", predicates, input, weight[0], groups)
 
 
 def _check(
@@ -440,7 +442,7 @@ def _plan(
 ) -> _Plan:
     """Validate a call and choose its backend."""
     conv = _check(input, weight, bias, temporal_gate, channel_gate, *arguments)
-    predicates = _predicates(input, temporal_gate, channel_gate, conv.groups)
+    predicates = _predicates(input, weight, temporal_gate, channel_gate, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
 
 
@@ -595,4 +597,4 @@ def _explain(
         optional_facts(op, "channel_weight", channel_weight),
     )
     conv = _check(*tensors, stride, padding, dilation, groups, activation)
-    return _predicates(tensors[0], *tensors[3:5], conv.groups)
+    return _predicates(*tensors[:2], *tensors[3:5], conv.groups)

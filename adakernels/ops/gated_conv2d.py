@@ -21,6 +21,7 @@ from adakernels.ops._conv_arguments import (
     autocast,
     before_activation,
     can_run_cpu,
+    can_run_cuda,
     can_run_triton,
     conv_arguments,
     dense_backward_flops,
@@ -28,7 +29,6 @@ from adakernels.ops._conv_arguments import (
     empty_gradients,
     empty_output,
     kept_output,
-    one_group_or_all,
 )
 from adakernels.ops._layout import dense
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
@@ -179,20 +179,13 @@ def gated_conv2d_flops(
     return float(out_channels * (channels // groups) * taps), (needed * live).sum(1) * taps
 
 
-def can_run_cuda(input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the CUDA kernels can run a call on such tensors."""
-    if not backends.can_run_cuda("gated_conv2d", input[2], input[1], raise_error=raise_error):
-        return False
-    return one_group_or_all("gated_conv2d", "cuda", input, groups, raise_error)
-
-
 def _predicates(
     input: Facts, weight: Facts, policy: Facts | None, in_policy: Facts | None, groups: int
 ) -> Mapping[str, backends.Predicate]:
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
     predicates = {
-        "cuda": partial(can_run_cuda, input, groups),
+        "cuda": partial(can_run_cuda, "gated_conv2d", input, groups),
         "triton": partial(can_run_triton, "gated_conv2d", input, groups),
         "cpu": partial(can_run_cpu, "gated_conv2d", input, groups),
     }

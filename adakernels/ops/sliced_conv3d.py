@@ -45,7 +45,7 @@ library.define(
     "bool grad_input, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
-run_on_gpu("sliced_conv3d", "sliced_conv3d_backward", cuda_takes_groups=False)
+run_on_gpu("sliced_conv3d", "sliced_conv3d_backward")
 
 
 def sliced_conv3d_reference(

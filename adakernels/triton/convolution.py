@@ -75,8 +75,52 @@ def _weight_channel(i_channel, segment, segment_gap, SEGMENT_ALIGNMENT: tl.const
 
 
 @triton.jit
+def _finish(
+    p_output,
+    p_bias,
+    p_policy,
+    p_outputs,
+    value,
+    i_row,
+    i_clip,
+    i_frame,
+    i_pixel,
+    i_out,
+    m_pixel,
+    m_out,
+    m_needed,
+    frames,
+    channels,
+    step_clip,
+    step_frame,
+    step_channel,
+    step_pixel,
+    MERGED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Makes the sums [pixels, channels] of these rows into the output."""
+    if p_bias is not None:
+        value += tl.load(p_bias + i_out, mask=m_out, other=0).to(tl.float32)[None, :]
+    value = activate(value, ACTIVATION)
+    m_value = m_pixel[:, None] & m_out[None, :]
+    if p_outputs is None:
+        m_value = m_pixel[:, None] & m_needed[None, :]
+    elif p_policy is None:
+        # The channels that fill up a block are zero.
+        value = tl.where(m_needed[None, :], value, 0.0)
+    p_frame = p_output + i_clip * step_clip + i_frame.to(tl.int64) * step_frame
+    i_value = (i_pixel * step_pixel)[:, None] + (i_out * step_channel)[None, :]
+    if MERGED:
+        p_own = p_frame[:, None] + i_value
+    else:
+        p_own = p_frame + i_value
+    _store(p_own, p_policy, value, i_row, frames, channels, step_clip, i_out, m_out, m_value)
+
+
+@triton.jit
 def convolution_kernel(
     p_output,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
+    p_partial,  # [SPLITS, N, H' * W', C_out]
     p_input,  # [N, C_in, H, W] | [B, C_in, T, H, W]
     p_weight,  # [C_out, C_in, kh, kw] | [C_in, C_out, kh, kw], or with kt
     p_bias,  # [C_out]
@@ -123,6 +167,7 @@ def convolution_kernel(
     dilation_x,
     TRANSPOSED: tl.constexpr,
     MERGED: tl.constexpr,
+    SPLITS: tl.constexpr,
     SEGMENT_ALIGNMENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,10 +181,11 @@ def convolution_kernel(
     list have no sum; they only write the zeros that `_store` finds. Past the count of first channels nothing
     is written at all.
 
-    With MERGED a block goes on from frame to frame. With TRANSPOSED it is the gradient of a convolution's
-    input, where outputs and inputs have changed places, and the pixels of a block lie a stride apart, so that
-    they have their taps in common. With SEGMENT_ALIGNMENT the weight has other channels between those of the
-    first `segment` and the rest.
+    With more than one of SPLITS, program (t, s) has the s-th part of the sum of block t, which it leaves to
+    `split_convolution_kernel`. With MERGED a block goes on from frame to frame. With TRANSPOSED it is the
+    gradient of a convolution's input, where outputs and inputs have changed places, and the pixels of a block
+    lie a stride apart, so that they have their taps in common. With SEGMENT_ALIGNMENT the weight has other
+    channels between those of the first `segment` and the rest.
     """
     step_y, step_x = 1, 1
     if TRANSPOSED:
@@ -183,7 +229,8 @@ def convolution_kernel(
             count_t = tl.maximum(tl.max(own_end, 0) - first_t, 0)
         else:
             first_t, distance_t, count_t = _taps_of_frames(p_taps, i_row, True)
-    i_out = first_out + tl.arange(0, b_out)
+    i_place = first_out + tl.arange(0, b_out)
+    i_out = i_place
     m_out = i_out < out_channels
     in_count = in_channels
     if p_input_count is not None:
@@ -197,8 +244,12 @@ def convolution_kernel(
         m_needed = m_out & (i_out < out_count)
     if p_outputs is not None:
         i_out = tl.load(p_outputs + i_row.to(tl.int64) * out_channels + i_out, mask=m_out, other=0)
+    first_step, end_step = 0, steps
+    if SPLITS > 1:
+        first_step = steps * tl.program_id(1) // SPLITS
+        end_step = steps * (tl.program_id(1) + 1) // SPLITS
     value = tl.zeros([b_pixel, b_out], tl.float32)
-    for step in range(steps):
+    for step in range(first_step, end_step):
         i_tap = step // in_blocks
         i_in = step % in_blocks * b_in + tl.arange(0, b_in)
         m_in = i_in < in_count
@@ -234,22 +285,103 @@ def convolution_kernel(
         a = tl.load(p_value, mask=m_inside[:, None] & m_in[None, :], other=0)
         b = tl.load(p_weight + i_weight, mask=m_in[:, None] & m_out[None, :], other=0)
         value = tl.dot(a, b, value, input_precision=PRECISION)
-    if p_bias is not None:
-        value += tl.load(p_bias + i_out, mask=m_out, other=0).to(tl.float32)[None, :]
-    value = activate(value, ACTIVATION)
-    m_value = m_pixel[:, None] & m_out[None, :]
-    if p_outputs is None:
-        m_value = m_pixel[:, None] & m_needed[None, :]
-    elif p_policy is None:
-        # The channels that fill up a block are zero.
-        value = tl.where(m_needed[None, :], value, 0.0)
-    p_frame = p_output + i_clip * out_step_clip + i_frame.to(tl.int64) * out_step_frame
-    i_value = (i_pixel * out_step_pixel)[:, None] + (i_out * out_step_channel)[None, :]
-    if MERGED:
-        p_own = p_frame[:, None] + i_value
+    if SPLITS > 1:
+        i_sum = (tl.program_id(1) * rows + i_row) * (out_height * out_width) + i_pixel
+        p_sum = p_partial + (i_sum * out_channels)[:, None] + i_place[None, :]
+        tl.store(p_sum, value, mask=m_pixel[:, None] & m_needed[None, :])
     else:
-        p_own = p_frame + i_value
-    _store(p_own, p_policy, value, i_row, frames, out_channels, out_step_clip, i_out, m_out, m_value)
+        _finish(
+            p_output,
+            p_bias,
+            p_policy,
+            p_outputs,
+            value,
+            i_row,
+            i_clip,
+            i_frame,
+            i_pixel,
+            i_out,
+            m_pixel,
+            m_out,
+            m_needed,
+            frames,
+            out_channels,
+            out_step_clip,
+            out_step_frame,
+            out_step_channel,
+            out_step_pixel,
+            MERGED,
+            ACTIVATION,
+        )
+
+
+@triton.jit
+def split_convolution_kernel(
+    p_output,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
+    p_partial,  # [SPLITS, N, H' * W', C_out]
+    p_bias,  # [C_out]
+    p_policy,  # [N, C_out]
+    p_outputs,  # [N, C_out]
+    p_output_count,  # [N]
+    rows,
+    frames,
+    out_channels,
+    out_frames,
+    out_height,
+    out_width,
+    out_step_clip,
+    out_step_frame,
+    out_step_channel,
+    out_step_pixel,
+    SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    b_pixel: tl.constexpr,
+    b_out: tl.constexpr,
+):
+    """Adds up, in their order, the sums that programs of `convolution_kernel` left, and finishes them.
+
+    A program has a block of pixels of a frame and a block of its list of output channels.
+    """
+    pixels = out_height * out_width
+    pixel_blocks = tl.cdiv(pixels, b_pixel)
+    out_blocks = tl.cdiv(out_channels, b_out)
+    i_pixel = tl.program_id(0) % pixel_blocks * b_pixel + tl.arange(0, b_pixel)
+    i_place = tl.program_id(0) // pixel_blocks % out_blocks * b_out + tl.arange(0, b_out)
+    i_row = tl.program_id(0) // pixel_blocks // out_blocks
+    m_pixel, m_out = i_pixel < pixels, i_place < out_channels
+    m_needed, i_out = m_out, i_place
+    if p_output_count is not None:
+        m_needed = m_out & (i_place < tl.load(p_output_count + i_row))
+    if p_outputs is not None:
+        i_out = tl.load(p_outputs + i_row.to(tl.int64) * out_channels + i_place, mask=m_out, other=0)
+    value = tl.zeros([b_pixel, b_out], tl.float32)
+    for split in range(SPLITS):
+        i_sum = (split * rows + i_row) * pixels + i_pixel
+        p_sum = p_partial + (i_sum * out_channels)[:, None] + i_place[None, :]
+        value += tl.load(p_sum, mask=m_pixel[:, None] & m_needed[None, :], other=0)
+    _finish(
+        p_output,
+        p_bias,
+        p_policy,
+        p_outputs,
+        value,
+        i_row,
+        (i_row // out_frames).to(tl.int64),
+        i_row % out_frames,
+        i_pixel,
+        i_out,
+        m_pixel,
+        m_out,
+        m_needed,
+        frames,
+        out_channels,
+        out_step_clip,
+        out_step_frame,
+        out_step_channel,
+        out_step_pixel,
+        False,
+        ACTIVATION,
+    )
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from adakernels.ops._conv_arguments import empty_output
 from adakernels.ops._layout import empty_in_format, memory_format
 from adakernels.triton.configurations import configuration
-from adakernels.triton.convolution import convolution_kernel, depthwise_kernel
+from adakernels.triton.convolution import convolution_kernel, depthwise_kernel, split_convolution_kernel
 from adakernels.triton.convolution_gradient import convolution_bwd_weight_kernel, depthwise_bwd_weight_kernel
 from adakernels.triton.domain import Domain, build_frames
 from adakernels.triton.limits import check_frame
@@ -22,6 +23,9 @@ from adakernels.triton.limits import check_frame
 SMALL_MAP = 64
 # Frames are split so that there are about that many programs of a weight's gradient.
 PROGRAMS = 512
+# Sums are split among as many programs as run at a time on a multiprocessor, with steps enough to pay for
+# the sums' way through memory.
+PROGRAMS_AT_A_TIME, LEAST_STEPS, MOST_SPLITS = 2, 8, 8
 
 
 class Geometry(NamedTuple):
@@ -201,6 +205,27 @@ def convolve(
         _convolve_matrix(output, input, weight, bias, geometry, domain, policy, segments, arguments)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits_of_sums(tiles: int, steps: int, multiprocessors: int) -> int:
+    """Among how many programs the sums of each tile are split where there are few tiles.
+
+    The CUDA kernels have the same rule.
+
+    Args:
+        tiles: how many there are without.
+        steps: of the longest sum.
+        multiprocessors: of the GPU.
+    """
+    wanted = PROGRAMS_AT_A_TIME * multiprocessors // max(1, tiles)
+    return max(1, min(wanted, steps // LEAST_STEPS, MOST_SPLITS))
+
+
 def _convolve_matrix(
     output: Tensor,  # [N, C_out, H', W'] | [B, C_out, T', H', W']
     input: Tensor,  # [N, C_in, H, W] | [B, C_in, T, H, W]
@@ -215,6 +240,7 @@ def _convolve_matrix(
     weight, segment, gap = _selected(weight, segments)
     chosen = configuration("convolution", _shape_class(output, geometry.kernel))
     *_, height, width = output.shape
+    pixels = height * width
     phases, merged = 1, domain.output_count is None and domain.input_count is None
     if arguments["TRANSPOSED"]:
         phases = geometry.stride[-2] * geometry.stride[-1]
@@ -224,8 +250,18 @@ def _convolve_matrix(
     else:
         blocks = triton.cdiv(height * width, chosen["b_pixel"]) * rows(output)
     row = weight.stride(0)
-    convolution_kernel[(blocks * phases * triton.cdiv(output.shape[1], chosen["b_out"]),)](
+    out_channels = output.shape[1]
+    tiles = blocks * phases * triton.cdiv(out_channels, chosen["b_out"])
+    steps = triton.cdiv(math.prod(geometry.kernel), phases) * triton.cdiv(input.shape[1], chosen["b_in"])
+    splits = splits_of_sums(tiles, steps, multiprocessors(output.device))
+    partial = None
+    if splits > 1:
+        partial = torch.empty(
+            splits, rows(output), pixels, out_channels, dtype=torch.float32, device=output.device
+        )
+    convolution_kernel[(tiles, splits)](
         output,
+        partial,
         input,
         weight,
         bias,
@@ -238,10 +274,29 @@ def _convolve_matrix(
         segment=segment,
         segment_gap=gap,
         MERGED=merged,
+        SPLITS=splits,
         SEGMENT_ALIGNMENT=math.gcd(segment, gap, 16) if gap > 0 else 0,
         PRECISION=_precision(),
         **arguments,
         **chosen,
+    )
+    if partial is None:
+        return
+    blocks = triton.cdiv(pixels, chosen["b_pixel"]) * triton.cdiv(out_channels, chosen["b_out"])
+    split_convolution_kernel[(rows(output) * blocks,)](
+        output,
+        partial,
+        bias,
+        policy,
+        domain.outputs,
+        domain.output_count,
+        rows(output),
+        **{name: value for name, value in arguments.items() if name == "frames" or name.startswith("out_")},
+        SPLITS=splits,
+        ACTIVATION=arguments["ACTIVATION"],
+        b_pixel=chosen["b_pixel"],
+        b_out=chosen["b_out"],
+        num_warps=chosen["num_warps"],
     )
 
 

@@ -1,5 +1,6 @@
 #include "cuda/clip_taps.cuh"
 
+#include "cuda/frame_shape.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
@@ -41,47 +42,59 @@ __device__ int64_t clip_of(const Clips& clips, int64_t row) {
 }
 
 // A thread has a tap of a frame.
-__global__ void __launch_bounds__(kThreads) tap_sources_kernel(int32_t* sources,      // [N', kt]
-                                                               const bool* temporal,  // [B] | null
-                                                               Clips clips, TemporalSide side, int64_t size) {
+__global__ void __launch_bounds__(kThreads) clip_taps_kernel(int32_t* sources,      // [N', kt]
+                                                             int32_t* count,        // [N'] | null
+                                                             const bool* temporal,  // [B] | null
+                                                             Clips clips, Gates gates, TemporalSide side,
+                                                             uint32_t channels, int64_t size) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= size) return;
   const int64_t row = thread / side.kernel, tap = thread % side.kernel, clip = clip_of(clips, row);
   sources[thread] = -1;
-  if (clip < 0 || (temporal != nullptr && !temporal[clip] && tap != side.kernel / 2)) return;
+  const bool live = clip >= 0 && (count == nullptr || gates.is_live(clip));
   const bool packed = clips.offsets != nullptr;
-  const Extent written = packed ? packed_clip(clips, clip) : Extent{clip * clips.written, clips.written};
-  const Extent read = packed ? written : Extent{clip * clips.read, clips.read};
-  const int64_t frame = row - written.begin;
+  const int64_t first = live && packed ? packed_clip(clips, clip).begin : clip * clips.written, frame = row - first;
+  // Between frames that are computed.
+  const int64_t step = live && count != nullptr ? int64_t(1) << gates.temporal.lowest(clip) : 1;
+  if (count != nullptr && tap == 0) {
+    const bool computes = live && (side.transposed || frame % step == 0);
+    count[row] = computes ? int32_t(computed_channels(channels, gates.channel.lowest(clip))) : 0;
+  }
+  if (!live || (temporal != nullptr && !temporal[clip] && tap != side.kernel / 2)) return;
+  const Extent read = packed ? packed_clip(clips, clip) : Extent{clip * clips.read, clips.read};
   int64_t source = frame * side.stride - side.padding + tap * side.dilation;
   if (side.transposed) {
     source = frame + side.padding - tap * side.dilation;
     if (source % side.stride != 0) return;
     source /= side.stride;
+    if (source % step != 0) return;
   }
   if (source >= 0 && source < read.frames) sources[thread] = int32_t(read.begin + source);
 }
 
 }  // namespace
 
-Tensor tap_sources(const Tensor& written, const Tensor& read, const std::optional<Tensor>& temporal,
-                   const std::optional<Tensor>& frame_offsets, const TemporalSide& side) {
+ClipTaps clip_taps(const char* op, const Tensor& written, const Tensor& read, const std::optional<Tensor>& temporal,
+                   const std::optional<Tensor>& frame_offsets, const Gates& gates, const TemporalSide& side) {
   const bool packed = frame_offsets.has_value();
-  STD_TORCH_CHECK(written.dim() == (packed ? 4 : 5) && read.dim() == written.dim(),
-                  "sliced_conv3d: expected [B, C, T, H, W], or [sum T, C, H, W] with frame_offsets");
+  STD_TORCH_CHECK(written.dim() == (packed ? 4 : 5) && read.dim() == written.dim(), op,
+                  ": expected [B, C, T, H, W], or [sum T, C, H, W] with frame_offsets");
   const int64_t clips = packed ? frame_offsets->size(0) - 1 : written.size(0);
   STD_TORCH_CHECK((!packed || (frame_offsets->is_contiguous() && frame_offsets->scalar_type() == ScalarType::Int)) &&
                       (!temporal || (temporal->is_contiguous() && temporal->scalar_type() == ScalarType::Bool &&
                                      temporal->size(0) == clips)),
-                  "sliced_conv3d: expected contiguous frame_offsets, int32 [B + 1], and temporal, bool [B]");
-  const int64_t rows = packed ? written.size(0) : clips * written.size(2);
-  STD_TORCH_CHECK(layout_of(read).rows <= INT32_MAX, "sliced_conv3d: expected at most 2^31 - 1 frames");
-  Tensor sources = torch::stable::new_empty(written, {rows, side.kernel}, ScalarType::Int);
+                  op, ": expected contiguous frame_offsets, int32 [B + 1], and temporal, bool [B]");
+  const int64_t rows = frame_shape(written, op).rows;
+  frame_shape(read, op);
+  ClipTaps taps{torch::stable::new_empty(written, {rows, side.kernel}, ScalarType::Int), std::nullopt};
+  if (gates.given()) taps.count = torch::stable::new_empty(written, {rows}, ScalarType::Int);
   const Clips of{data_or_null<int32_t>(frame_offsets), clips, rows, packed ? 0 : written.size(2),
                  packed ? 0 : read.size(2)};
-  Stream(written).launch(&tap_sources_kernel, ceil_div(rows * side.kernel, kThreads), kThreads, 0,
-                         mutable_data<int32_t>(sources), data_or_null<bool>(temporal), of, side, rows * side.kernel);
-  return sources;
+  const uint32_t channels = uint32_t((side.transposed ? read : written).size(1));
+  Stream(written).launch(&clip_taps_kernel, ceil_div(rows * side.kernel, kThreads), kThreads, 0,
+                         mutable_data<int32_t>(taps.sources), taps.count ? mutable_data<int32_t>(*taps.count) : nullptr,
+                         data_or_null<bool>(temporal), of, gates, side, channels, rows * side.kernel);
+  return taps;
 }
 
 }  // namespace adakernels

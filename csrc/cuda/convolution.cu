@@ -32,6 +32,8 @@ struct Tile {
   static constexpr int kTapsAt = kPartAt + kPartBytes;
   static_assert(kRows * Tile::kResultStep * int(sizeof(float)) <= kPixelsAt);
   static_assert(kColumns <= kThreads);
+  // Whether there can be so few tiles that several blocks share one.
+  static constexpr bool kMaySplit = kRows == 64;
 };
 
 template <typename T>
@@ -43,7 +45,7 @@ struct Task {
   Domain domain;
   Geometry geometry;
   Sources sources;
-  Layout target;
+  FrameShape target;
   const int64_t* policy;  // [N', C_out] | null
   int64_t clip_frames;
   int32_t in_channels, in_chunks;  // C_in, P in vectors
@@ -52,6 +54,9 @@ struct Task {
   uint32_t phase_tiles, pixel_tiles, column_tiles;  // tiles of a phase, of all phases
   // Rows run on from frame to frame where nothing distinguishes those.
   bool merged;
+  // Blocks that share the sums of a tile, and where they leave them if there are several.
+  uint32_t tiles, splits;
+  float* partial;  // [splits, tiles, fours of sums, kThreads, 4] | null
 };
 
 // What a block is for: places of a frame, or of that one and those behind it, in one phase, and output channels.
@@ -62,7 +67,8 @@ struct Part {
   int32_t columns;                            // those to compute; the others are zero
   int32_t depths, taps_y, taps;               // temporal taps that read a frame, taps of the phase
   int32_t in_count, chunks;                   // input channels, and vectors of them
-  int32_t total, steps;                       // vectors over all taps
+  int32_t total;                              // vectors over all taps
+  int32_t first_step, steps;                  // those of the block
 };
 
 static_assert(sizeof(Part) <= kPartBytes);
@@ -81,7 +87,7 @@ struct alignas(kVectorBytes) Tap {
 // The frame that a temporal tap reads, or -1.
 template <typename T>
 __device__ int64_t source(const Task<T>& task, int64_t row, int32_t tap) {
-  return task.sources != nullptr ? task.sources[row * task.geometry.depth + tap] : row;
+  return source_of(task.sources, task.geometry.depth, row, tap);
 }
 
 // How many of the temporal taps before `end` read a frame.
@@ -97,7 +103,8 @@ __device__ Part part_of(const Task<T>& task) {
   Part part;
   const Geometry& geometry = task.geometry;
   const int32_t places = geometry.y.places() * geometry.x.places();
-  const uint32_t index = blockIdx.x / task.pixel_tiles, tile = blockIdx.x % task.pixel_tiles;
+  const uint32_t block = blockIdx.x % task.tiles, split = blockIdx.x / task.tiles;
+  const uint32_t index = block / task.pixel_tiles, tile = block % task.pixel_tiles;
   const int64_t place = int64_t(tile % task.phase_tiles) * Tile::kRows;
   const int32_t phase = int32_t(tile / task.phase_tiles);
   part.phase_y = phase / geometry.x.phases(), part.phase_x = phase % geometry.x.phases();
@@ -113,7 +120,9 @@ __device__ Part part_of(const Task<T>& task) {
   part.taps_y = geometry.y.taps_before(geometry.y.kernel, part.phase_y);
   part.taps = part.depths * part.taps_y * geometry.x.taps_before(geometry.x.kernel, part.phase_x);
   part.total = part.columns == 0 ? 0 : part.taps * part.chunks;
-  part.steps = (part.total + kRowChunks - 1) / kRowChunks;
+  const uint32_t steps = uint32_t((part.total + kRowChunks - 1) / kRowChunks);
+  part.first_step = int32_t(steps * split / task.splits);
+  part.steps = int32_t(steps * (split + 1) / task.splits) - part.first_step;
   return part;
 }
 
@@ -126,7 +135,8 @@ __device__ void find_pixels(Pixel* pixels, const Task<T>& task, const Part& part
     const int32_t place = index - frame * places;
     const int32_t y = place / width, x = place % width;
     const int32_t out_y = side_y.output(y, part.phase_y), out_x = side_x.output(x, part.phase_x);
-    const bool inside = place < places && part.row + frame < task.target.rows && out_y < side_y.out && out_x < side_x.out;
+    const bool inside =
+        place < places && part.row + frame < task.target.rows && out_y < side_y.out && out_x < side_x.out;
     // Far outside for every tap, were it not for the border.
     pixels[row] = inside ? Pixel{side_y.anchor(y), side_x.anchor(x), frame, out_y * side_x.out + out_x}
                          : Pixel{INT32_MIN / 2, 0, 0, -1};
@@ -156,23 +166,21 @@ __device__ __forceinline__ int place_of(int row, int chunk) {
 
 // Goes through taps and vectors of input channels: a thread has the same place of every step.
 struct Walk {
-  int32_t tap = 0, chunk, index;
+  int32_t tap, chunk, index;
 
-  __device__ Walk(const Part& part, int place_in_step) : chunk(place_in_step), index(place_in_step) { carry(part); }
+  __device__ Walk(const Part& part, int place_in_step) : index(part.first_step * kRowChunks + place_in_step) {
+    tap = index / part.chunks;
+    chunk = index - tap * part.chunks;
+  }
   // Whether the tap is another one.
   __device__ bool step(const Part& part) {
     chunk += kRowChunks;
     index += kRowChunks;
-    return carry(part);
-  }
-  __device__ bool inside(const Part& part) const { return index < part.total; }
-
- private:
-  __device__ bool carry(const Part& part) {
     const int32_t before = tap;
     for (; chunk >= part.chunks; chunk -= part.chunks) ++tap;
     return tap != before;
   }
+  __device__ bool inside(const Part& part) const { return index < part.total; }
 };
 
 // Copies the features of one step: a thread has one vector of some rows.
@@ -197,8 +205,8 @@ class FeatureLoader {
     for (int i = 0; i < kMine; ++i) {
       const bool inside = inside_ >> i & 1;
       const int64_t offset = offsets_[i] + (tap_offset_ + walk_.chunk);
-      copy_async(to + place_of(row(i), int(threadIdx.x) % kRowChunks), inside ? frame_ + offset * kChunk<T> : task_.input,
-                 inside);
+      copy_async(to + place_of(row(i), int(threadIdx.x) % kRowChunks),
+                 inside ? frame_ + offset * kChunk<T> : task_.input, inside);
     }
     if (walk_.step(part_) || !walk_.inside(part_)) find_tap();
   }
@@ -218,7 +226,8 @@ class FeatureLoader {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const Pixel& pixel = pixels_[row(i)];
-      const bool inside = uint32_t(pixel.y + tap.y) < uint32_t(side_y.in) && uint32_t(pixel.x + tap.x) < uint32_t(side_x.in);
+      const bool inside =
+          uint32_t(pixel.y + tap.y) < uint32_t(side_y.in) && uint32_t(pixel.x + tap.x) < uint32_t(side_x.in);
       inside_ |= uint32_t(inside) << i;
     }
   }
@@ -299,7 +308,7 @@ template <typename T, typename Tile>
 class InputRows {
  public:
   __device__ InputRows(const Task<T>& task, const Part& part, const int32_t*, const Tap* taps)
-      : task_(task), part_(part), taps_(taps) {}
+      : task_(task), part_(part), taps_(taps), first_(part.first_step * kRowChunks) {}
 
   __device__ void load(unsigned char* to) {
     const int vector = int(threadIdx.x) % kVectors;
@@ -315,7 +324,8 @@ class InputRows {
         const int32_t listed = task_.domain.inputs[part_.row * task_.in_channels + channel];
         from += (int64_t(taps_[tap].index) * task_.in_channels + listed) * task_.weight_inner + column;
       }
-      copy_async(to + vector / kRowChunks * kInputRows<T> * kRowBytes + place_of(row, vector % kRowChunks), from, inside);
+      unsigned char* block = to + vector / kRowChunks * kInputRows<T> * kRowBytes;
+      copy_async(block + place_of(row, vector % kRowChunks), from, inside);
     }
     first_ += kRowChunks;
   }
@@ -326,7 +336,7 @@ class InputRows {
   const Task<T>& task_;
   const Part& part_;
   const Tap* taps_;
-  int32_t first_ = 0;
+  int32_t first_;
 };
 
 // The first row of the tile that a warp has in its i-th group of 64.
@@ -444,7 +454,8 @@ __device__ __forceinline__ void accumulate(Sums<Tile>& sums, unsigned char* stag
       fence_for_products();
       wait_for_products<0>();
       __syncthreads();
-      start_products<T, Tile, kByInput, kUnit == Unit::warpgroup ? Tile::kColumns : Tile::kColumns / 2>(sums, stage, weight_stage);
+      constexpr int kWidth = kUnit == Unit::warpgroup ? Tile::kColumns : Tile::kColumns / 2;
+      start_products<T, Tile, kByInput, kWidth>(sums, stage, weight_stage);
       load(step + Tile::kStages - 1);
     } else {
       __syncthreads();
@@ -467,6 +478,8 @@ enum Action : int32_t { kOwn = 1, kResult = 2, kNext = 4 };
 template <typename T>
 __device__ int32_t action_of(const Task<T>& task, const Part& part, int column, int32_t channel) {
   const int32_t result = column < part.columns ? kResult : 0;
+  // What is behind a count without a list is left alone.
+  if (task.domain.outputs == nullptr && result == 0) return 0;
   if (task.policy == nullptr) return kOwn | result;
   const int64_t* own = task.policy + part.row * task.target.channels + channel;
   const int64_t frame = part.row % task.clip_frames;
@@ -482,7 +495,7 @@ __device__ void find_channels(int32_t* channels, int32_t* actions, const Task<T>
   if (int(threadIdx.x) >= Tile::kColumns) return;
   const int column = int(threadIdx.x), index = part.first_column + column;
   channels[column] = actions[column] = 0;
-  if (index >= task.target.channels) return;
+  if (index >= int(task.target.channels)) return;
   const int32_t* list = task.domain.outputs;
   channels[column] = list != nullptr ? list[part.row * task.target.channels + index] : index;
   actions[column] = action_of(task, part, column, channels[column]);
@@ -513,8 +526,8 @@ __device__ void put_results(float* results, const Sums<Tile>& sums, const Task<T
 template <typename T, typename Tile>
 __device__ void store_results(const Task<T>& task, const Part& part, const float* results, const Pixel* pixels,
                               const int32_t* channels, const int32_t* actions) {
-  const Layout& target = task.target;
-  T* frame = task.output + part.row / target.frames * target.step_clip + part.row % target.frames * target.step_frame;
+  const FrameShape& target = task.target;
+  T* frame = task.output + target.at(uint32_t(part.row));
   for (int index = int(threadIdx.x); index < Tile::kRows * Tile::kColumns; index += Tile::kThreads) {
     const bool planar = target.step_pixel == 1;
     const int row = planar ? index % Tile::kRows : index / Tile::kColumns;
@@ -535,10 +548,11 @@ template <typename T, typename Tile>
 __device__ void store_vectors(const Task<T>& task, const Part& part, const float* results, const Pixel* pixels,
                               const int32_t* actions) {
   constexpr int kVectors = Tile::kColumns / kChunk<T>;
-  const Layout& target = task.target;
-  T* frame = task.output + part.row / target.frames * target.step_clip + part.row % target.frames * target.step_frame;
+  const FrameShape& target = task.target;
+  T* frame = task.output + target.at(uint32_t(part.row));
   const int column = int(threadIdx.x) % kVectors * kChunk<T>;
-  if (part.first_column + column >= target.channels) return;
+  if (part.first_column + column >= int(target.channels)) return;
+  if (actions[column] == 0) return;
   for (int row = int(threadIdx.x) / kVectors; row < Tile::kRows; row += Tile::kThreads / kVectors) {
     const Pixel pixel = pixels[row];
     if (pixel.pixel < 0) continue;
@@ -552,20 +566,74 @@ __device__ void store_vectors(const Task<T>& task, const Part& part, const float
   }
 }
 
-// A block has a part of the output. Where none of its channels is to be computed, it only writes zeros.
-template <typename T, typename Tile, bool kExact, bool kByInput>
-__global__ void __launch_bounds__(Tile::kThreads, 2) convolution_kernel(Task<T> task, bool whole_vectors) {
-  unsigned char* memory = shared_memory();
-  Pixel* pixels = reinterpret_cast<Pixel*>(memory + Tile::kPixelsAt);
-  int32_t* channels = reinterpret_cast<int32_t*>(memory + Tile::kChannelsAt);
-  int32_t* actions = channels + Tile::kColumns;
-  Tap* taps = reinterpret_cast<Tap*>(memory + Tile::kTapsAt);
-  // In shared memory it takes no registers.
+// What a block leaves of its sums for whoever adds those of all splits. Neighbours in the block are so in memory.
+template <typename Tile, typename Run>
+__device__ void for_quads(Sums<Tile>& sums, float* of_tile, const Run& run) {
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::kColumns / 8; ++j)
+      run(sums[i][j], of_tile + ((i * (Tile::kColumns / 8) + j) * Tile::kThreads + int(threadIdx.x)) * 4);
+}
+
+template <typename T, typename Tile>
+__device__ void store_partial(const Task<T>& task, Sums<Tile>& sums) {
+  float* of_tile = task.partial + int64_t(blockIdx.x) * Tile::kRows * Tile::kColumns;
+  for_quads<Tile>(sums, of_tile, [](const float(&quad)[4], float* to) {
+    store_vector(to, Vector<float, 4>{{quad[0], quad[1], quad[2], quad[3]}});
+  });
+}
+
+// Adds the splits in their order.
+template <typename T, typename Tile>
+__device__ void add_partial(const Task<T>& task, Sums<Tile>& sums) {
+  for (uint32_t split = 0; split < task.splits; ++split) {
+    float* of_tile = task.partial + (int64_t(split) * task.tiles + blockIdx.x) * Tile::kRows * Tile::kColumns;
+    for_quads<Tile>(sums, of_tile, [](float(&quad)[4], const float* from) {
+      const Vector<float, 4> vector = load_vector<4>(from);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) quad[i] += vector.values[i];
+    });
+  }
+}
+
+template <typename T, typename Tile>
+__device__ void store(const Task<T>& task, const Part& part, const Sums<Tile>& sums, unsigned char* memory,
+                      bool whole_vectors) {
+  const Pixel* pixels = reinterpret_cast<const Pixel*>(memory + Tile::kPixelsAt);
+  const int32_t* channels = reinterpret_cast<const int32_t*>(memory + Tile::kChannelsAt);
+  const int32_t* actions = channels + Tile::kColumns;
+  float* results = reinterpret_cast<float*>(memory);
+  put_results<T, Tile>(results, sums, task, channels);
+  __syncthreads();
+  if (whole_vectors)
+    store_vectors<T, Tile>(task, part, results, pixels, actions);
+  else
+    store_results<T, Tile>(task, part, results, pixels, channels, actions);
+}
+
+// Brings what is known of the block, its rows and its columns into shared memory.
+template <typename T, typename Tile>
+__device__ const Part& begin(const Task<T>& task, unsigned char* memory) {
+  // There it takes no registers.
   Part& part = *reinterpret_cast<Part*>(memory + Tile::kPartAt);
   if (threadIdx.x == 0) part = part_of<T, Tile>(task);
   __syncthreads();
-  find_pixels<T, Tile>(pixels, task, part);
-  find_channels<T, Tile>(channels, actions, task, part);
+  int32_t* channels = reinterpret_cast<int32_t*>(memory + Tile::kChannelsAt);
+  find_pixels<T, Tile>(reinterpret_cast<Pixel*>(memory + Tile::kPixelsAt), task, part);
+  find_channels<T, Tile>(channels, channels + Tile::kColumns, task, part);
+  return part;
+}
+
+// A block has a part of the output. Where none of its channels is to be computed, it only writes zeros, if anything.
+template <typename T, typename Tile, bool kExact, bool kByInput>
+__global__ void __launch_bounds__(Tile::kThreads, 2) convolution_kernel(Task<T> task, bool whole_vectors) {
+  unsigned char* memory = shared_memory();
+  const Part& part = begin<T, Tile>(task, memory);
+  if (part.columns == 0 && (task.domain.outputs == nullptr || task.splits > 1)) return;
+  const Pixel* pixels = reinterpret_cast<const Pixel*>(memory + Tile::kPixelsAt);
+  const int32_t* channels = reinterpret_cast<const int32_t*>(memory + Tile::kChannelsAt);
+  Tap* taps = reinterpret_cast<Tap*>(memory + Tile::kTapsAt);
   if (part.steps > 0) find_taps<T, Tile>(taps, task, part);
   __syncthreads();
 
@@ -584,13 +652,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) convolution_kernel(Task<T> 
       accumulate<T, Tile, kByInput, Unit::thread>(sums, memory, part, features, weights);
     }
   }
-  float* results = reinterpret_cast<float*>(memory);
-  put_results<T, Tile>(results, sums, task, channels);
+  if constexpr (Tile::kMaySplit)
+    if (task.splits > 1) return store_partial<T, Tile>(task, sums);
+  store<T, Tile>(task, part, sums, memory, whole_vectors);
+}
+
+// A block finishes a tile whose sums were split.
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) split_convolution_kernel(Task<T> task, bool whole_vectors) {
+  unsigned char* memory = shared_memory();
+  const Part& part = begin<T, Tile>(task, memory);
+  if (part.columns == 0 && task.domain.outputs == nullptr) return;
   __syncthreads();
-  if (whole_vectors)
-    store_vectors<T, Tile>(task, part, results, pixels, actions);
-  else
-    store_results<T, Tile>(task, part, results, pixels, channels, actions);
+  Sums<Tile> sums = {};
+  if (part.columns > 0) add_partial<T, Tile>(task, sums);
+  store<T, Tile>(task, part, sums, memory, whole_vectors);
 }
 
 // Of 64 columns for tensors of few channels and where large tiles would be too few.
@@ -599,8 +675,9 @@ using NarrowTile = Tile<128, 64, 128, 3>;
 using SmallTile = Tile<64, 64, 128, 4>;
 
 template <typename T, bool kExact, bool kByInput>
-void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
-  const Layout& target = task.target;
+void launch(const Tensor& output, Task<T>& task, bool whole_vectors) {
+  const Stream stream(output);
+  const FrameShape& target = task.target;
   const auto& [side_y, side_x, depth] = task.geometry;
   const int64_t phases = side_y.phases() * side_x.phases();
   const int64_t places = int64_t(side_y.places()) * side_x.places() * (task.merged ? target.rows : 1);
@@ -621,8 +698,24 @@ void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
     task.pixel_tiles = uint32_t(task.phase_tiles * phases);
     task.column_tiles = uint32_t(ceil_div(target.channels, Tile::kColumns));
     const int taps = depth * side_y.kernel * side_x.kernel;
-    stream.launch(&convolution_kernel<T, Tile, kExact, kByInput>, blocks(tile), Tile::kThreads,
+    task.tiles = uint32_t(blocks(tile));
+    task.splits = 1;
+    std::optional<Tensor> partial;
+    if constexpr (Tile::kMaySplit) {
+      const int64_t steps = ceil_div(ceil_div(taps, phases) * task.in_chunks, kRowChunks);
+      task.splits = uint32_t(splits_of_sums(task.tiles, steps, stream.multiprocessors()));
+      if (task.splits > 1) {
+        partial = torch::stable::new_empty(output, {int64_t(task.splits) * task.tiles, Tile::kRows * Tile::kColumns},
+                                           ScalarType::Float);
+        task.partial = mutable_data<float>(*partial);
+      }
+    }
+    stream.launch(&convolution_kernel<T, Tile, kExact, kByInput>, blocks(tile) * task.splits, Tile::kThreads,
                   Tile::kTapsAt + taps * int(sizeof(Tap)), task, whole_vectors);
+    if constexpr (Tile::kMaySplit)
+      if (task.splits > 1)
+        stream.launch(&split_convolution_kernel<T, Tile>, blocks(tile), Tile::kThreads, Tile::kTapsAt, task,
+                      whole_vectors);
   };
   if constexpr (sizeof(T) == 2)
     if (fits(LargeTile())) return run(LargeTile());
@@ -631,16 +724,28 @@ void launch(const Stream& stream, Task<T>& task, bool whole_vectors) {
 
 }  // namespace
 
+int64_t splits_of_sums(int64_t tiles, int64_t steps, int64_t multiprocessors) {
+  // As many as run at a time, with steps enough to pay for the sums' way through memory.
+  constexpr int64_t kBlocksAtATime = 2, kLeastSteps = 8, kMostSplits = 8;
+  const int64_t wanted = kBlocksAtATime * multiprocessors / std::max<int64_t>(tiles, 1);
+  return std::clamp<int64_t>(std::min(wanted, steps / kLeastSteps), 1, kMostSplits);
+}
+
+Geometry geometry_of(const Tensor& read, const Tensor& written, const Window& window, int32_t depth, bool transposed) {
+  const auto size = [](const Tensor& frames, int64_t from_end) {
+    return int32_t(frames.size(frames.dim() - from_end));
+  };
+  const Window& w = window;
+  return {Side{size(read, 2), size(written, 2), w.kernel_y, w.stride_y, w.padding_y, w.dilation_y, transposed},
+          Side{size(read, 1), size(written, 1), w.kernel_x, w.stride_x, w.padding_x, w.dilation_x, transposed}, depth};
+}
+
 void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const Domain& domain, const Geometry& geometry,
               Sources sources, const Epilogue& epilogue, bool exact) {
   if (output.numel() == 0) return;
-  const Layout target = layout_of(output), source = layout_of(input);
-  STD_TORCH_CHECK(std::max(target.rows, source.rows) <= INT32_MAX, "convolution: expected at most 2^31 - 1 frames");
-  STD_TORCH_CHECK(target.channels * target.pixels <= INT32_MAX && source.channels * source.pixels <= INT32_MAX,
-                  "convolution: expected at most 2^31 - 1 values per frame");
+  const FrameShape target = frame_shape(output, "convolution"), source = frame_shape(input, "convolution");
   const bool packed = domain.inputs == nullptr && is_packed(input);
   const Tensor features = packed ? input : pack_features(input, domain.inputs, domain.input_count);
-  const Stream stream(output);
   for_float_type(input, "convolution", [&](auto zero) {
     using T = decltype(zero);
     const bool by_input = sizeof(T) == 2 && domain.inputs != nullptr && domain.outputs == nullptr;
@@ -651,21 +756,30 @@ void convolve(Tensor& output, const Tensor& input, const Tensor& weight, const D
     const int64_t in_chunks = ceil_div(source.channels, kChunk<T>);
     Task<T> task{mutable_data<T>(output), data<T>(features), data<T>(ordered), static_cast<const T*>(epilogue.bias),
                  domain, geometry, sources, target, epilogue.policy, epilogue.frames, int32_t(source.channels),
-                 int32_t(in_chunks), 0, epilogue.activation, 0, 0, 0, false};
+                 int32_t(in_chunks), 0, epilogue.activation, 0, 0, 0, false, 0, 1, nullptr};
     const int64_t filled = ceil_div(by_input ? target.channels : source.channels, kChunk<T>) * kChunk<T>;
     task.weight_inner = int32_t(filled);
     // Offsets of a block's pixels and their number are of 32 bits.
     task.merged = same && target.is_even() && source.rows == target.rows &&
-                  (LargeTile::kRows + 1) * in_chunks * source.pixels <= INT32_MAX;
+                  (LargeTile::kRows + 1) * in_chunks * source.pixels() <= INT32_MAX;
     const bool whole_vectors = domain.outputs == nullptr && epilogue.policy == nullptr && target.step_channel == 1 &&
                                target.channels % kChunk<T> == 0 && is_aligned(output);
     if constexpr (sizeof(T) == 2) {
-      by_input ? launch<T, false, true>(stream, task, whole_vectors)
-               : launch<T, false, false>(stream, task, whole_vectors);
+      by_input ? launch<T, false, true>(output, task, whole_vectors)
+               : launch<T, false, false>(output, task, whole_vectors);
     } else {
-      exact ? launch<T, true, false>(stream, task, whole_vectors) : launch<T, false, false>(stream, task, whole_vectors);
+      exact ? launch<T, true, false>(output, task, whole_vectors)
+            : launch<T, false, false>(output, task, whole_vectors);
     }
   });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(adakernels_cuda, m) {
+  m.def("splits_of_sums(int tiles, int steps, int multiprocessors) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adakernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("splits_of_sums", TORCH_BOX(&splits_of_sums));
 }
 
 }  // namespace adakernels

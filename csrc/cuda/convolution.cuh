@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/domain.cuh"
+#include "cuda/frame_shape.cuh"
 #include "cuda/packing.cuh"
 #include "cuda/tensors.cuh"
 
@@ -45,8 +46,7 @@ struct Geometry {
   int32_t depth;  // temporal taps of the weight
 };
 
-// Frames of the input by output frame and temporal tap; -1 is none. Null: the output frame's own row, for one tap.
-using Sources = const int32_t*;  // [N', kt]
+Geometry geometry_of(const Tensor& read, const Tensor& written, const Window& window, int32_t depth, bool transposed);
 
 // What becomes of a sum: the bias is added, the activation applied and the result stored where the policy says, in this
 // frame where it is kept, and in the next one of the clip where that reuses it.
@@ -57,8 +57,14 @@ struct Epilogue {
   int64_t frames;         // of a clip
 };
 
+// Among how many blocks the sums of each tile are split where there are few tiles, so many steps long at most. What
+// they leave is no more than twice as many tiles as there are multiprocessors, and is added up in a fixed order.
+int64_t splits_of_sums(int64_t tiles, int64_t steps, int64_t multiprocessors);
+
 // Fills the output with the convolution of the domain; output channels outside it are zero. Lists without a count are
-// not possible; a count without a list is that of the first channels. float32 is multiplied exactly or as TF32.
+// not possible. A count without a list is that of the first channels: of the output the others are left as they are, or
+// become zero, and of the input they have to be zero as far as they fill the count's last vector of 16 bytes.
+// float32 is multiplied exactly or as TF32.
 void convolve(Tensor& output,        // [N', C_out, H', W'] | [B, C_out, T', H', W']
               const Tensor& input,   // [N, C_in, H, W] | [B, C_in, T, H, W]
               const Tensor& weight,  // [C_out, C_in, ...], if transposed [C_in, C_out, ...]

@@ -15,23 +15,16 @@ namespace adakernels {
 namespace {
 
 constexpr int kThreads = 256;
+// Temporal taps whose weights of 5x5 and 32 channels are in the shared memory that every block can have.
+constexpr int kMostDepth = 15;
 
 struct Depthwise {
   FrameShape target, source;
   Window window;
-  int64_t frames;
-  uint32_t multiplier;       // C_out / C_in
-  const int64_t* policy;     // [N, C_out] | null
-  const int64_t* in_policy;  // [N, C_in] | null
+  uint32_t multiplier;  // C_out / C_in
+  DepthwiseDomain domain;
   int activation;
 };
-
-// Whether output channel `out` is computed and input channel `in` is no known zero.
-__device__ bool is_read(const Depthwise& shape, int64_t row, uint32_t out_channels, uint32_t out,
-                        uint32_t in_channels, uint32_t in) {
-  return (shape.policy == nullptr || is_needed(shape.policy, row, shape.frames, out_channels, out)) &&
-         (shape.in_policy == nullptr || is_live(shape.in_policy, row, in_channels, in));
-}
 
 // Where the values of kChannels neighbouring channels of a frame go. Every number of the output is written once: what
 // is reused by the frame before.
@@ -40,17 +33,18 @@ struct Fate {
   bool kept[kChannels], written[kChannels], handed_on[kChannels];
   bool all_written = true, all_handed_on = true;
 
-  __device__ Fate(const int64_t* policy, int64_t row, int64_t frames, uint32_t channels, uint32_t channel) {
-    const int64_t frame = row % frames;
+  __device__ Fate(const DepthwiseDomain& domain, int64_t row, uint32_t channels, uint32_t channel) {
+    const int64_t frame = row % domain.frames;
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
-      kept[i] = written[i] = true;
+      kept[i] = true;
+      written[i] = domain.count == nullptr || int32_t(channel + i) < domain.count[row];
       handed_on[i] = false;
-      if (policy != nullptr) {
-        const int64_t* own = policy + row * channels + channel + i;
+      if (domain.policy != nullptr) {
+        const int64_t* own = domain.policy + row * channels + channel + i;
         kept[i] = *own == kKeep;
         written[i] = !(*own == kReuse && frame > 0);
-        handed_on[i] = frame + 1 < frames && own[channels] == kReuse;
+        handed_on[i] = frame + 1 < domain.frames && own[channels] == kReuse;
       }
       all_written &= written[i];
       all_handed_on &= handed_on[i];
@@ -90,12 +84,12 @@ struct Lanes {
 };
 
 // One output per input channel, without dilation. With `gradient` the target is the gradient of an input, and the
-// source that of an output: the same convolution with the taps in the other order.
+// source that of an output: the same convolution with the taps of a frame in the other order.
 template <typename T, int kKernel, int kStride, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, 2)
     depthwise_kernel(T* target,        // [N, C, H', W']
                      const T* source,  // [N, C, H, W]
-                     const T* weight,  // [C, 1, kKernel, kKernel]
+                     const T* weight,  // [C, 1, kt, kKernel, kKernel]
                      const T* bias,    // [C] | null
                      Depthwise shape, bool gradient, uint32_t channel_blocks, uint32_t tile_blocks) {
   using Own = Lanes<kChannelsLast, kStride>;
@@ -108,12 +102,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t channel_lane = kChannelsLast ? threadIdx.x % Own::kChannelLanes : threadIdx.x / Own::kTileLanes;
   const uint32_t tile_lane = kChannelsLast ? threadIdx.x / Own::kChannelLanes : threadIdx.x % Own::kTileLanes;
   const uint32_t first_channel = channel_block * kBlockChannels;
+  const DepthwiseDomain& domain = shape.domain;
+  if (!gradient && domain.count != nullptr && int32_t(first_channel) >= domain.count[row]) return;
 
-  float* weights = reinterpret_cast<float*>(shared_memory());  // [kTaps, kBlockChannels]
-  const uint32_t block_channels = min(kBlockChannels, to.channels - first_channel);
-  for (uint32_t i = threadIdx.x; i < block_channels * kTaps; i += kThreads) {
-    const uint32_t tap = gradient ? kTaps - 1 - i % kTaps : i % kTaps;
-    weights[tap * kBlockChannels + i / kTaps] = static_cast<float>(weight[first_channel * kTaps + i]);
+  float* weights = reinterpret_cast<float*>(shared_memory());  // [kt, kTaps, kBlockChannels]
+  const uint32_t block_channels = min(kBlockChannels, to.channels - first_channel), taps = domain.depth * kTaps;
+  for (uint32_t i = threadIdx.x; i < block_channels * taps; i += kThreads) {
+    const uint32_t index = i % taps, tap = gradient ? index / kTaps * kTaps + kTaps - 1 - index % kTaps : index;
+    weights[tap * kBlockChannels + i / taps] = static_cast<float>(weight[first_channel * taps + i]);
   }
   __syncthreads();
 
@@ -126,43 +122,49 @@ __global__ void __launch_bounds__(kThreads, 2)
   bool read[kChannels], any = false;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    read[i] = is_read(shape, row, to.channels, channel + i, to.channels, channel + i);
+    read[i] = is_read(domain, row, to.channels, channel + i, to.channels, channel + i);
     any |= read[i];
   }
   float sums[kRows][kColumns][kChannels] = {};
   const int first_y = out_y * kStride - (gradient ? kKernel - 1 - shape.window.padding_y : shape.window.padding_y);
   const int first_x = out_x * kStride - (gradient ? kKernel - 1 - shape.window.padding_x : shape.window.padding_x);
-  const T* frame = source + row * from.size() + channel * from.channel_step;
 #pragma unroll 1
-  for (int r = any ? max(0, -first_y) : from.height; r < (kRows - 1) * kStride + kKernel; ++r) {
-    const int y = first_y + r;
-    if (y >= int(from.height)) break;
-    const T* line = frame + uint32_t(y) * from.width * from.pixel_step;
-    Vector<T, kChannels> values[kReach];
+  for (int z = 0; z < (any ? domain.depth : 0); ++z) {
+    const int64_t source_row = source_of(domain.sources, domain.depth, row, z);
+    if (source_row < 0) continue;
+    const T* frame = source + from.at(uint32_t(source_row)) + channel * from.step_channel;
+    const float* plane = weights + z * kTaps * kBlockChannels + channel_lane * kChannels;
+#pragma unroll 1
+    for (int r = max(0, -first_y); r < (kRows - 1) * kStride + kKernel; ++r) {
+      const int y = first_y + r;
+      if (y >= int(from.height)) break;
+      const T* line = frame + uint32_t(y) * from.width * from.step_pixel;
+      Vector<T, kChannels> values[kReach];
 #pragma unroll
-    for (int c = 0; c < kReach; ++c) {
-      const int x = first_x + c;
-      values[c] = x >= 0 && x < int(from.width) ? load_vector<kChannels>(line + uint32_t(x) * from.pixel_step)
-                                                : Vector<T, kChannels>{};
-    }
+      for (int c = 0; c < kReach; ++c) {
+        const int x = first_x + c;
+        values[c] = x >= 0 && x < int(from.width) ? load_vector<kChannels>(line + uint32_t(x) * from.step_pixel)
+                                                  : Vector<T, kChannels>{};
+      }
 #pragma unroll
-    for (int o = 0; o < kRows; ++o) {
-      const int ky = r - o * kStride;
-      if (ky < 0 || ky >= kKernel) continue;
+      for (int o = 0; o < kRows; ++o) {
+        const int ky = r - o * kStride;
+        if (ky < 0 || ky >= kKernel) continue;
 #pragma unroll
-      for (int kx = 0; kx < kKernel; ++kx) {
-        const Vector<float, kChannels> w =
-            load_vector<kChannels>(weights + (ky * kKernel + kx) * kBlockChannels + channel_lane * kChannels);
+        for (int kx = 0; kx < kKernel; ++kx) {
+          const Vector<float, kChannels> w =
+              load_vector<kChannels>(plane + (ky * kKernel + kx) * kBlockChannels);
 #pragma unroll
-        for (int p = 0; p < kColumns; ++p)
+          for (int p = 0; p < kColumns; ++p)
 #pragma unroll
-          for (int i = 0; i < kChannels; ++i)
-            sums[o][p][i] += w.values[i] * static_cast<float>(values[p * kStride + kx].values[i]);
+            for (int i = 0; i < kChannels; ++i)
+              sums[o][p][i] += w.values[i] * static_cast<float>(values[p * kStride + kx].values[i]);
+        }
       }
     }
   }
 
-  const Fate<kChannels> fate(gradient ? nullptr : shape.policy, row, shape.frames, to.channels, channel);
+  const Fate<kChannels> fate(gradient ? DepthwiseDomain{} : domain, row, to.channels, channel);
   float biases[kChannels];
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) biases[i] = bias == nullptr ? 0.f : static_cast<float>(bias[channel + i]);
@@ -176,36 +178,42 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kChannels; ++i)
         values.values[i] = static_cast<T>(activated((read[i] ? sums[o][p][i] : 0.f) + biases[i], shape.activation));
       const uint32_t pixel = uint32_t(out_y + o) * to.width + uint32_t(out_x + p);
-      fate.store(target + row * to.size() + channel * to.channel_step + pixel * to.pixel_step, to.size(), values);
+      fate.store(target + to.at(uint32_t(row)) + channel * to.step_channel + pixel * to.step_pixel, to.step_frame,
+                 values);
     }
 }
 
 // Any window and any number of outputs per input: a thread computes one number. With kGradient the target is the
 // gradient of the input.
 template <typename T, bool kGradient>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     any_depthwise_kernel(T* target,        // [N, C_out, H', W'] | [N, C_in, H, W]
                          const T* source,  // [N, C_in, H, W] | [N, C_out, H', W']
-                         const T* weight,  // [C_out, 1, kh, kw]
+                         const T* weight,  // [C_out, 1, kt, kh, kw]
                          const T* bias,    // [C_out] | null
                          Depthwise shape, uint32_t blocks_per_row) {
   const FrameShape &to = shape.target, &from = shape.source;
   const Window& window = shape.window;
+  const DepthwiseDomain& domain = shape.domain;
   const int64_t row = blockIdx.x / blocks_per_row;
   const uint32_t index = blockIdx.x % blocks_per_row * kThreads + threadIdx.x;
   if (index >= to.size()) return;
-  const uint32_t channel = index / to.channel_step % to.channels, pixel = index / to.pixel_step % to.pixels();
+  const uint32_t channel = to.channels_last() ? index % to.channels : index / to.pixels();
+  const uint32_t pixel = to.channels_last() ? index / to.channels : index % to.pixels();
   const int out_y = int(pixel / to.width), out_x = int(pixel % to.width);
-  const T* frame = source + row * from.size();
   float sum = 0.f;
   for (uint32_t m = 0; m < (kGradient ? shape.multiplier : 1); ++m) {
     const uint32_t other = kGradient ? channel * shape.multiplier + m : channel / shape.multiplier;
     const uint32_t out_channel = kGradient ? other : channel;
-    if (!is_read(shape, row, kGradient ? from.channels : to.channels, out_channel,
+    if (!is_read(domain, row, kGradient ? from.channels : to.channels, out_channel,
                  kGradient ? to.channels : from.channels, kGradient ? channel : other))
       continue;
-    for (int tap = 0; tap < window.taps(); ++tap) {
-      const int tap_y = tap / window.kernel_x * window.dilation_y, tap_x = tap % window.kernel_x * window.dilation_x;
+    for (int tap = 0; tap < domain.depth * window.taps(); ++tap) {
+      const int64_t source_row = source_of(domain.sources, domain.depth, row, tap / window.taps());
+      if (source_row < 0) continue;
+      const int place = tap % window.taps();
+      const int tap_y = place / window.kernel_x * window.dilation_y;
+      const int tap_x = place % window.kernel_x * window.dilation_x;
       int y, x;
       if constexpr (kGradient) {
         y = out_y + window.padding_y - tap_y, x = out_x + window.padding_x - tap_x;
@@ -215,14 +223,14 @@ __global__ void __launch_bounds__(kThreads)
         y = out_y * window.stride_y - window.padding_y + tap_y, x = out_x * window.stride_x - window.padding_x + tap_x;
       }
       if (y < 0 || y >= int(from.height) || x < 0 || x >= int(from.width)) continue;
-      sum += static_cast<float>(weight[out_channel * window.taps() + tap]) *
-             static_cast<float>(
-                 frame[other * from.channel_step + (uint32_t(y) * from.width + uint32_t(x)) * from.pixel_step]);
+      const T* frame = source + from.at(uint32_t(source_row)) + other * from.step_channel;
+      sum += static_cast<float>(weight[int64_t(out_channel) * domain.depth * window.taps() + tap]) *
+             static_cast<float>(frame[(uint32_t(y) * from.width + uint32_t(x)) * from.step_pixel]);
     }
   }
   if (bias != nullptr) sum += static_cast<float>(bias[channel]);
-  const Fate<1> fate(kGradient ? nullptr : shape.policy, row, shape.frames, to.channels, channel);
-  fate.store(target + row * to.size() + index, to.size(),
+  const Fate<1> fate(kGradient ? DepthwiseDomain{} : domain, row, to.channels, channel);
+  fate.store(target + to.at(uint32_t(row)) + channel * to.step_channel + pixel * to.step_pixel, to.step_frame,
              Vector<T, 1>{{static_cast<T>(activated(sum, shape.activation))}});
 }
 
@@ -231,8 +239,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Run>
 bool for_window(const Depthwise& shape, bool gradient, const Run& run) {
   const Window& w = shape.window;
-  if (shape.multiplier != 1 || w.kernel_y != w.kernel_x || w.stride_y != w.stride_x || w.dilation_y != 1 ||
-      w.dilation_x != 1)
+  const bool square = w.kernel_y == w.kernel_x && w.stride_y == w.stride_x;
+  if (shape.multiplier != 1 || shape.domain.depth > kMostDepth || !square || w.dilation_y != 1 || w.dilation_x != 1)
     return false;
   const auto with = [&](auto kernel) {
     if (w.stride_y == 1) return run(kernel, std::integral_constant<int, 1>()), true;
@@ -246,15 +254,13 @@ bool for_window(const Depthwise& shape, bool gradient, const Run& run) {
 
 template <bool kGradient>
 void convolve(Tensor& target, const Tensor& source, const Tensor& weight, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& policy, const std::optional<Tensor>& in_policy, uint32_t multiplier,
-              int64_t frames, const Window& window, int64_t activation) {
-  const char* name = "gated_conv2d";
+              const DepthwiseDomain& domain, uint32_t multiplier, const Window& window, int64_t activation) {
+  const char* name = "depthwise convolution";
   if (target.numel() == 0) return;
-  const Depthwise shape{frame_shape(target, name), frame_shape(source, name), window, frames, multiplier,
-                        data_or_null<int64_t>(policy), data_or_null<int64_t>(in_policy),
+  const Depthwise shape{frame_shape(target, name), frame_shape(source, name), window, multiplier, domain,
                         int(activation)};
   STD_TORCH_CHECK(weight.is_contiguous() && (!bias || bias->is_contiguous()), name, ": expected contiguous parameters");
-  const int64_t rows = target.size(0);
+  const int64_t rows = shape.target.rows;
   const Stream stream(target);
   for_float_type(target, name, [&](auto zero) {
     using T = decltype(zero);
@@ -270,9 +276,9 @@ void convolve(Tensor& target, const Tensor& source, const Tensor& weight, const 
         const int64_t tiles = ceil_div(shape.target.height, Own::kRows) * ceil_div(shape.target.width, Own::kColumns);
         const int64_t tile_blocks = ceil_div(tiles, Own::kTileLanes);
         stream.launch(&depthwise_kernel<T, kernel(), stride(), channels_last()>, rows * channel_blocks * tile_blocks,
-                      kThreads, int(kBlockChannels * kernel() * kernel() * sizeof(float)), mutable_data<T>(target),
-                      data<T>(source), data<T>(weight), of_bias, shape, kGradient, uint32_t(channel_blocks),
-                      uint32_t(tile_blocks));
+                      kThreads, int(kBlockChannels * domain.depth * kernel() * kernel() * sizeof(float)),
+                      mutable_data<T>(target), data<T>(source), data<T>(weight), of_bias, shape, kGradient,
+                      uint32_t(channel_blocks), uint32_t(tile_blocks));
       };
       last ? launch(std::true_type()) : launch(std::false_type());
     });
@@ -285,25 +291,15 @@ void convolve(Tensor& target, const Tensor& source, const Tensor& weight, const 
 
 }  // namespace
 
-void depthwise_convolution(Tensor& output,                          // [N, C_out, H', W']
-                           const Tensor& input,                     // [N, C_in, H, W]
-                           const Tensor& weight,                    // [C_out, 1, kh, kw]
-                           const std::optional<Tensor>& bias,       // [C_out]
-                           const std::optional<Tensor>& policy,     // [N, C_out]
-                           const std::optional<Tensor>& in_policy,  // [N, C_in]
-                           int64_t frames, const Window& window, int64_t activation) {
-  convolve<false>(output, input, weight, bias, policy, in_policy, uint32_t(output.size(1) / input.size(1)), frames,
-                  window, activation);
+void depthwise_convolution(Tensor& output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const DepthwiseDomain& domain, const Window& window, int64_t activation) {
+  convolve<false>(output, input, weight, bias, domain, uint32_t(output.size(1) / input.size(1)), window, activation);
 }
 
-void depthwise_input_gradient(Tensor& grad_input,                      // [N, C_in, H, W]
-                              const Tensor& grad,                      // [N, C_out, H', W']
-                              const Tensor& weight,                    // [C_out, 1, kh, kw]
-                              const std::optional<Tensor>& policy,     // [N, C_out]
-                              const std::optional<Tensor>& in_policy,  // [N, C_in]
-                              int64_t frames, const Window& window) {
-  convolve<true>(grad_input, grad, weight, std::nullopt, policy, in_policy, uint32_t(grad.size(1) / grad_input.size(1)),
-                 frames, window, 0);
+void depthwise_input_gradient(Tensor& grad_input, const Tensor& grad, const Tensor& weight,
+                              const DepthwiseDomain& domain, const Window& window) {
+  const uint32_t multiplier = uint32_t(grad.size(1) / grad_input.size(1));
+  convolve<true>(grad_input, grad, weight, std::nullopt, domain, multiplier, window, 0);
 }
 
 }  // namespace adakernels

@@ -19,6 +19,13 @@ struct Domain {
   const int32_t* input_count;   // [N] | null
 };
 
+// Frames of the input by output frame and temporal tap; -1 is none. Null: the output frame's own row, for one tap.
+using Sources = const int32_t*;  // [N', kt]
+
+__device__ inline int64_t source_of(Sources sources, int32_t depth, int64_t row, int32_t tap) {
+  return sources != nullptr ? sources[row * depth + tap] : row;
+}
+
 // A domain together with the memory that it lies in, which has to live until the kernels that read it are launched.
 struct DomainLists {
   std::optional<Tensor> outputs;       // [N, C_out]

@@ -6,18 +6,6 @@
 
 namespace adakernels {
 
-namespace {
-
-Geometry geometry_of(const Tensor& input, const Tensor& output, const Window& window, bool transposed) {
-  const auto side = [&](int64_t d, int kernel, int stride, int padding, int dilation) {
-    return Side{int32_t(input.size(d)), int32_t(output.size(d)), kernel, stride, padding, dilation, transposed};
-  };
-  return {side(2, window.kernel_y, window.stride_y, window.padding_y, window.dilation_y),
-          side(3, window.kernel_x, window.stride_x, window.padding_x, window.dilation_x), 1};
-}
-
-}  // namespace
-
 void gated_convolution(Tensor& output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& policy, const std::optional<Tensor>& in_policy, int64_t frames,
                        const Window& window, int64_t activation) {
@@ -25,7 +13,7 @@ void gated_convolution(Tensor& output, const Tensor& input, const Tensor& weight
   const Tensor constants = bias ? torch::stable::contiguous(*bias) : weight;
   const Epilogue epilogue{bias ? constants.const_data_ptr() : nullptr, int32_t(activation),
                           policy ? data<int64_t>(*policy) : nullptr, frames};
-  convolve(output, input, weight, lists.domain(), geometry_of(input, output, window, false), nullptr, epilogue,
+  convolve(output, input, weight, lists.domain(), geometry_of(input, output, window, 1, false), nullptr, epilogue,
            multiplies_exactly());
 }
 
@@ -37,7 +25,7 @@ void gated_input_gradient(Tensor& grad_input, const Tensor& grad, const Tensor& 
   const DomainLists lists = build_domain(policy, in_policy, frames);
   const auto [outputs, output_count, inputs, input_count] = lists.domain();
   convolve(grad_input, grad, weight, {inputs, input_count, outputs, output_count},
-           geometry_of(grad, grad_input, window, true), nullptr, {}, multiplies_exactly());
+           geometry_of(grad, grad_input, window, 1, true), nullptr, {}, multiplies_exactly());
 }
 
 }  // namespace adakernels

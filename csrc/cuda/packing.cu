@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/frame_shape.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
@@ -37,18 +38,18 @@ __global__ void __launch_bounds__(kThreads)
                          const T* input,        // [N, C, pixels]
                          const int32_t* list,   // [N, C] | null
                          const int32_t* count,  // [N] | null
-                         Layout layout, uint32_t blocks_per_row) {
+                         FrameShape shape, uint32_t blocks_per_row) {
   const int64_t row = blockIdx.x / blocks_per_row;
-  const uint32_t channels = uint32_t(layout.channels), pixels = uint32_t(layout.pixels);
+  const uint32_t channels = shape.channels, pixels = shape.pixels();
   const uint32_t thread = blockIdx.x % blocks_per_row * kThreads + threadIdx.x;
   const uint32_t chunks = (channels + kChunk<T> - 1) / kChunk<T>;
   if (thread >= chunks * pixels) return;
-  const bool planar = layout.step_pixel == 1;
+  const bool planar = shape.step_pixel == 1;
   const uint32_t chunk = planar ? thread / pixels : thread % chunks;
   const uint32_t pixel = planar ? thread % pixels : thread / chunks;
   const uint32_t end = count != nullptr ? uint32_t(count[row]) : channels;
   if (chunk * kChunk<T> >= end) return;
-  const T* frame = input + row / layout.frames * layout.step_clip + row % layout.frames * layout.step_frame;
+  const T* frame = input + shape.at(uint32_t(row));
   Vector<T, kChunk<T>> vector;
 #pragma unroll
   for (uint32_t i = 0; i < kChunk<T>; ++i) {
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
     vector.values[i] = static_cast<T>(0.f);
     if (place >= end) continue;
     const uint32_t channel = list != nullptr ? uint32_t(list[row * channels + place]) : place;
-    vector.values[i] = frame[channel * layout.step_channel + pixel * layout.step_pixel];
+    vector.values[i] = frame[channel * shape.step_channel + pixel * shape.step_pixel];
   }
   store_vector(packed + ((row * pixels + pixel) * chunks + chunk) * kChunk<T>, vector);
 }
@@ -83,19 +84,17 @@ bool is_packed(const Tensor& input) {
 }
 
 Tensor pack_features(const Tensor& input, const int32_t* list, const int32_t* count) {
-  STD_TORCH_CHECK(input.is_contiguous() || has_format(input, true),
-                  "convolution: expected a contiguous or channels-last tensor");
-  const Layout layout = layout_of(input);
-  const int64_t width = kVectorBytes / int64_t(input.element_size()), chunks = ceil_div(layout.channels, width);
-  STD_TORCH_CHECK(chunks * width * layout.pixels <= INT32_MAX,
+  const FrameShape shape = frame_shape(input, "convolution");
+  const int64_t width = kVectorBytes / int64_t(input.element_size()), chunks = ceil_div(shape.channels, width);
+  STD_TORCH_CHECK(chunks * width * shape.pixels() <= INT32_MAX,
                   "convolution: expected at most 2^31 - 1 values per frame");
-  Tensor packed = torch::stable::new_empty(input, {layout.rows, layout.pixels, chunks * width});
-  const int64_t blocks = ceil_div(chunks * layout.pixels, kThreads);
+  Tensor packed = torch::stable::new_empty(input, {int64_t(shape.rows), int64_t(shape.pixels()), chunks * width});
+  const int64_t blocks = ceil_div(chunks * shape.pixels(), kThreads);
   const Stream stream(input);
   for_float_type(input, "convolution", [&](auto zero) {
     using T = decltype(zero);
-    stream.launch(&pack_features_kernel<T>, blocks * layout.rows, kThreads, 0, mutable_data<T>(packed),
-                  data<T>(input), list, count, layout, uint32_t(blocks));
+    stream.launch(&pack_features_kernel<T>, blocks * shape.rows, kThreads, 0, mutable_data<T>(packed),
+                  data<T>(input), list, count, shape, uint32_t(blocks));
   });
   return packed;
 }

@@ -12,18 +12,14 @@ namespace {
 
 using Triple = std::vector<int64_t>;
 
-void check_groups(int64_t groups) {
-  STD_TORCH_CHECK(groups == 1, "sliced_conv3d: expected groups 1, got ", groups);
-}
-
 Tensor sliced_conv3d(Tensor input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
-                     Tensor weight,                        // [C_out, C_in, kt, kh, kw]
+                     Tensor weight,                        // [C_out, C_in/groups, kt, kh, kw]
                      std::optional<Tensor> bias,           // [C_out]
                      std::optional<Tensor> temporal,       // [B]
                      std::optional<Tensor> frame_offsets,  // [B + 1]
                      Triple stride, Triple padding, Triple dilation, int64_t groups, int64_t activation) {
-  check_groups(groups);
-  const ClipConvolution convolution{"sliced_conv3d", weight, stride, padding, dilation, temporal, frame_offsets};
+  const ClipConvolution convolution{"sliced_conv3d", weight,   stride,       padding, dilation,
+                                    groups != 1,     temporal, frame_offsets};
   Tensor output = convolution.empty_output(input);
   convolution.convolve(output, input, bias, activation);
   return output;
@@ -32,22 +28,17 @@ Tensor sliced_conv3d(Tensor input,                         // [B, C_in, T, H, W]
 std::tuple<Tensor, Tensor, Tensor> sliced_conv3d_backward(
     Tensor grad_output,                   // [B, C_out, T', H', W'] | [sum T, C_out, H', W']
     Tensor input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
-    Tensor weight,                        // [C_out, C_in, kt, kh, kw]
+    Tensor weight,                        // [C_out, C_in/groups, kt, kh, kw]
     std::optional<Tensor> temporal,       // [B]
     std::optional<Tensor> frame_offsets,  // [B + 1]
     Triple stride, Triple padding, Triple dilation, int64_t groups, bool want_input, bool want_weight,
     bool want_bias) {
-  check_groups(groups);
-  const ClipConvolution convolution{"sliced_conv3d", weight, stride, padding, dilation, temporal, frame_offsets};
-  Tensor grad_input = want_input ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
-  Tensor grad_weight = torch::stable::new_empty(weight, {0});
-  if (want_weight)
-    grad_weight = torch::stable::new_empty(
-        weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3), weight.size(4)});
-  Tensor grad_bias = torch::stable::new_empty(weight, {want_bias ? weight.size(0) : 0});
+  const ClipConvolution convolution{"sliced_conv3d", weight,   stride,       padding, dilation,
+                                    groups != 1,     temporal, frame_offsets};
+  auto [grad_input, grad_weight, grad_bias] = empty_gradients(input, weight, want_input, want_weight, want_bias);
   if (want_input) convolution.input_gradient(grad_input, grad_output);
   if (want_weight) convolution.weight_gradient(grad_weight, grad_output, input);
-  if (want_bias) clip_bias_gradient(grad_bias, grad_output);
+  if (want_bias) convolution.bias_gradient(grad_bias, grad_output);
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -45,16 +45,13 @@ Tensor used_weight(const Tensor& weight, int64_t out_channels, const Numbers& se
   return used;
 }
 
-void check_groups(int64_t groups) { STD_TORCH_CHECK(groups == 1, "slim_conv: expected groups 1, got ", groups); }
-
 Tensor slim_conv(Tensor input,                // [N, C, H, W] | [B, C, T, H, W]
                  Tensor weight,               // [C_out, C_in, ...]
                  std::optional<Tensor> bias,  // [C_out]
                  int64_t out_channels, Numbers segments, Numbers stride, Numbers padding, Numbers dilation,
                  int64_t groups, int64_t activation) {
-  check_groups(groups);
-  const ClipConvolution convolution{"slim_conv", used_weight(weight, out_channels, segments), stride, padding,
-                                    dilation,    std::nullopt, std::nullopt};
+  const ClipConvolution convolution{"slim_conv", used_weight(weight, out_channels, segments), stride, padding, dilation,
+                                    groups != 1};
   Tensor output = convolution.empty_output(input);
   convolution.convolve(output, input, bias, activation);
   return output;
@@ -66,9 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> slim_conv_backward(Tensor grad_output,  // [N
                                                       int64_t out_channels, Numbers segments, Numbers stride,
                                                       Numbers padding, Numbers dilation, int64_t groups,
                                                       bool want_input, bool want_weight, bool want_bias) {
-  check_groups(groups);
-  const ClipConvolution convolution{"slim_conv", used_weight(weight, out_channels, segments), stride, padding,
-                                    dilation,    std::nullopt, std::nullopt};
+  const ClipConvolution convolution{"slim_conv", used_weight(weight, out_channels, segments), stride, padding, dilation,
+                                    groups != 1};
   Tensor grad_input = want_input ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
   Tensor grad_weight = torch::stable::new_empty(weight, {0});
   Tensor grad_bias = torch::stable::new_zeros(weight, {want_bias ? weight.size(0) : 0});
@@ -83,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> slim_conv_backward(Tensor grad_output,  // [N
   }
   if (want_bias) {
     Tensor used = torch::stable::narrow(grad_bias, 0, 0, out_channels);
-    clip_bias_gradient(used, grad_output);
+    convolution.bias_gradient(used, grad_output);
   }
   return {grad_input, grad_weight, grad_bias};
 }

@@ -37,12 +37,16 @@ struct Factor {
   const T* features;      // [N, H * W, P]
   const int32_t* list;    // [N, C] | null
   const int32_t* bounds;  // [N, ranges + 1] | null
+  const int32_t* count;   // [N] | null, of the first channels where there is no list
   uint32_t channels, chunks, ranges;
 
   // Where those of a range begin and end among the listed ones of a frame.
   __device__ uint32_t bound(int64_t row, uint32_t range) const {
-    return bounds != nullptr ? uint32_t(bounds[row * (ranges + 1) + range]) : min(range * kRange, channels);
+    if (bounds != nullptr) return uint32_t(bounds[row * (ranges + 1) + range]);
+    return min(range * kRange, count != nullptr ? uint32_t(count[row]) : channels);
   }
+  // Whether frames differ.
+  __device__ bool varies() const { return list != nullptr || count != nullptr; }
   __device__ uint32_t channel(int64_t row, uint32_t place) const {
     return list != nullptr ? uint32_t(list[row * channels + place]) : place;
   }
@@ -213,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t size = int64_t(task.out_height) * task.out_width;
   const int64_t end = min(task.pixels, (split + 1) * task.pixels_per_split);
   // Where frames differ, sums are those of one frame after the other.
-  const bool apart = task.grad.list != nullptr || task.input.list != nullptr || task.sources != nullptr;
+  const bool apart = task.grad.varies() || task.input.varies() || task.sources != nullptr;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   for (int i = int(threadIdx.x); i < kRange * kRange; i += kThreads) total[i] = 0.f;
 
@@ -287,7 +291,8 @@ template <typename T>
 Factor<T> factor_of(const Tensor& packed, int64_t channels, const int32_t* list, const int32_t* count,
                     std::optional<Tensor>& bounds) {
   const uint32_t ranges = uint32_t(ceil_div(channels, kRange));
-  Factor<T> factor{data<T>(packed), list, nullptr, uint32_t(channels), uint32_t(ceil_div(channels, kChunk<T>)), ranges};
+  const uint32_t chunks = uint32_t(ceil_div(channels, kChunk<T>));
+  Factor<T> factor{data<T>(packed), list, nullptr, count, uint32_t(channels), chunks, ranges};
   if (list == nullptr) return factor;
   const int64_t rows = packed.size(0), threads = rows * (ranges + 1);
   bounds = torch::stable::new_empty(packed, {rows, int64_t(ranges) + 1}, ScalarType::Int);
@@ -306,8 +311,8 @@ void gated_weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor
   weight_gradient(grad_weight, grad, input, lists.domain(), nullptr, window);
 }
 
-void weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor& input, const Domain& domain, Sources sources,
-                     const Window& window) {
+void weight_gradient(Tensor& grad_weight, const Tensor& grad, const Tensor& input, const Domain& domain,
+                     Sources sources, const Window& window) {
   const auto pack = [](const Tensor& features, const int32_t* list, const int32_t* count) {
     return list == nullptr && is_packed(features) ? features : pack_features(features, list, count);
   };

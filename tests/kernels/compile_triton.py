@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from adakernels import triton as kernels
+from adakernels.triton import convolve
 
 
 def temporal_fuse(dtype: torch.dtype, soft: bool, format: torch.memory_format) -> None:
@@ -50,7 +51,9 @@ def gated_conv2d(
     groups: int = 1,
     precision: str = "highest",
     gradient: bool = True,
+    multiprocessors: int = 1,
 ) -> None:
+    convolve.multiprocessors = lambda device: multiprocessors
     input = torch.zeros(shape, dtype=dtype).contiguous(memory_format=format)
     rows, channels = shape[:2]
     weight = torch.zeros(channels, channels // groups, kernel, kernel, dtype=dtype)
@@ -133,6 +136,9 @@ CALLS["gated_conv2d-tf32"] = partial(
     gates="o",
     format=torch.channels_last,
     precision="high",
+)
+CALLS["gated_conv2d-split"] = partial(
+    gated_conv2d, shape=(4, 512, 7, 7), kernel=3, gates="oi", format=torch.channels_last, multiprocessors=132
 )
 CALLS["gated_conv2d-contiguous"] = partial(
     gated_conv2d, shape=(8, 64, 14, 14), kernel=3, gates="oi", format=torch.contiguous_format, gradient=False

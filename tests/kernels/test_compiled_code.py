@@ -34,6 +34,8 @@ INSTRUCTIONS: dict[str, dict[int, tuple[str, ...]]] = {
     },
     r"^convolution.*convolution_kernelIf\S*Lb0ELb0E": {80: ("HMMA.1688.F32.TF32",), 90: ("HGMMA.64x",)},
     r"^convolution.*convolution_kernelIf\S*Lb1ELb0E": dict.fromkeys((80, 90), ("FFMA", "LDGSTS")),
+    # Features come by shared memory.
+    r"^reconstruction\..*: .*reconstruction_kernel": dict.fromkeys((80, 90), ("FFMA", "LDS", "STS")),
     r"(gated|sliced|dynamic|slim)_conv.*(float16|tf32).*: convolution": {
         80: ("HMMA",),
         90: ("HGMMA",),

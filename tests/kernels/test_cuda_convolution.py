@@ -81,3 +81,31 @@ def test_infinite_weights_of_skipped_inputs_do_not_matter(kernels: Any) -> None:
             want = run(kernels, case, input, weight, bias, *policies)
             weight[:, policies[1][0] == 2] = float("inf")
             assert torch.equal(run(kernels, case, input, weight, bias, *policies), want)
+
+
+# Few tiles, whose sums are long enough to be split.
+SPLIT = {
+    "7x7": Case(1, 2, 136, 72, (7, 7), activation="relu"),
+    "stride 2": Case(1, 2, 264, 24, (5, 6), stride=(2, 2)),
+}
+
+
+@pytest.mark.usefixtures("arch")
+@pytest.mark.parametrize("gates", ["", "o", "i", "oi"])
+@pytest.mark.parametrize("case", SPLIT.values(), ids=SPLIT)
+def test_split_sums(kernels: Any, case: Case, gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAKERNELS_EMULATED_MULTIPROCESSORS", "64")
+    for dtype in (torch.float16, torch.float32):
+        check(kernels, case, gates, dtype, torch.channels_last)
+        check_input_gradient(kernels, case, gates, dtype, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has as many multiprocessors as it has")
+def test_split_sums_are_the_same_every_time(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make(SPLIT["7x7"], "o", torch.float32, torch.channels_last, kernels.device)
+    whole = run(kernels, SPLIT["7x7"], *arguments)
+    monkeypatch.setenv("ADAKERNELS_EMULATED_MULTIPROCESSORS", "64")
+    split = run(kernels, SPLIT["7x7"], *arguments)
+    # Another order of the same sums.
+    assert not torch.equal(split, whole)
+    assert torch.equal(split, run(kernels, SPLIT["7x7"], *arguments))

@@ -343,3 +343,59 @@ def test_tf32(kernels: Any, case: Case) -> None:
             # Factors of 11 bits: an error of 2^-11 each, in sums that mostly even out.
             largest = want.abs().max().item() if want.numel() > 0 else 0
             torch.testing.assert_close(mine.double(), want, rtol=0, atol=2**-10 * largest)
+
+
+# In Triton's interpreter a case is slow, so there is one of every kind.
+@pytest.mark.parametrize("gates", ["o", "i", "oi"])
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_split_sums(kernels: Any, gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["adakernels.triton.convolve"]
+    splits: list[int] = []
+    rule = module.splits_of_sums
+
+    def noted(*arguments: int) -> int:
+        splits.append(rule(*arguments))
+        return splits[-1]
+
+    monkeypatch.setattr(module, "splits_of_sums", noted)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 32)
+    case = Case(1, 2, 40, 72, (3, 3), stride=(1, 2), activation="relu")
+    check(kernels, case, gates, torch.float32, torch.channels_last)
+    found, exact = gradients(kernels, case, gates, torch.float32, torch.channels_last)
+    tolerance = 16 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=tolerance, atol=tolerance * 8)
+    assert splits[0] > 1 and splits[-1] > 1
+
+
+def test_split_sums_across_frames(triton_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["adakernels.triton.convolve"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    input, weight = torch.randn(3, 150, 2, 3, device=device), torch.randn(5, 150, 1, 1, device=device)
+    arguments = weight[:, 0, 0, 0], 5, [0, 150], [1, 1], [0, 0], [1, 1], 1, 0
+    whole = triton_kernels.slim_conv(input, weight, *arguments)
+    monkeypatch.setattr(module, "LEAST_STEPS", 2)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 32)
+    split = triton_kernels.slim_conv(input, weight, *arguments)
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-4)
+    assert not torch.equal(split, whole)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "splits"),
+    [
+        # Frames of 7x7 with 512 channels of 16 bits: 3x3, 1x1.
+        (64, 72, 4),
+        (64, 8, 1),
+        # Tiles for most multiprocessors, for all of them; few steps; few tiles.
+        (100, 72, 2),
+        (133, 72, 1),
+        (8, 20, 2),
+        (8, 1000, 8),
+        (0, 0, 1),
+    ],
+)
+def test_choice_of_splits(
+    cuda_kernels: Any, triton_kernels: Any, tiles: int, steps: int, splits: int
+) -> None:
+    assert sys.modules["adakernels.triton.convolve"].splits_of_sums(tiles, steps, 132) == splits
+    assert cuda_kernels.splits_of_sums(tiles, steps, 132) == splits

@@ -15,6 +15,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 import adakernels as ak
+from adakernels.backends import ON_GPU
 from adakernels.ops import (
     _library,
     dynamic_conv3d_reference,
@@ -128,11 +129,7 @@ OPERATORS = {
 }
 ON_KERNELS = pytest.mark.parametrize(
     ("kernels", "make"),
-    [
-        pytest.param(name, make, id=f"{op}-{name}")
-        for op, make in OPERATORS.items()
-        for name in _library.gpu_operators[op]
-    ],
+    [pytest.param(name, make, id=f"{op}-{name}") for op, make in OPERATORS.items() for name in ON_GPU],
     indirect=["kernels"],
 )
 
@@ -235,7 +232,6 @@ def test_graph_follows_its_arguments(on_kernels: str, make: Callable[..., Any]) 
     torch.testing.assert_close(output, reference(*leaves), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", _library.gpu_operators["gated_conv2d"], indirect=True)
 @pytest.mark.parametrize("groups", [1, 6])
 def test_graph_follows_policies_changed_in_place(on_kernels: str, groups: int) -> None:
     shapes = (6, 6, 7, 5), (12, 6 // groups, 3, 3), (12,)

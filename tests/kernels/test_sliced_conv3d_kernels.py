@@ -103,17 +103,7 @@ def run(kernels: Any, case: Case, *tensors: Tensor | None) -> Tensor:
     return kernels.sliced_conv3d(*tensors, *case.convolution, ACTIVATIONS.index(case.activation))
 
 
-# The CUDA kernels are for groups = 1.
-@pytest.mark.parametrize(
-    ("kernels", "case"),
-    [
-        pytest.param(name, case, id=f"{label}-{name}")
-        for label, case in CASES.items()
-        for name in ("cuda", "triton")
-        if name == "triton" or case.groups == 1
-    ],
-    indirect=["kernels"],
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("dtype", "channels_last"), FORMS, ids=str)
 def test_matches_the_reference_with_its_gradients(
     kernels: Any, case: Case, dtype: torch.dtype, channels_last: bool
@@ -140,9 +130,7 @@ def test_matches_the_reference_with_its_gradients(
         assert (mine[exact == 0] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("kernels", "groups"), [("cuda", 1), ("triton", 1), ("triton", 4)], indirect=["kernels"]
-)
+@pytest.mark.parametrize("groups", [1, 4])
 def test_frames_that_a_clip_does_not_visit_are_not_read(kernels: Any, groups: int) -> None:
     case = Case((3, 2), 4, 4, (2, 3), groups=groups, temporal=(False, True), packed=True)
     input, *rest = make(case, torch.float32, True, kernels.device)

@@ -56,17 +56,7 @@ CASES = {
 }
 
 
-# The CUDA kernels are for groups = 1.
-@pytest.mark.parametrize(
-    ("kernels", "case"),
-    [
-        pytest.param(name, case, id=f"{label}-{name}")
-        for label, case in CASES.items()
-        for name in ("cuda", "triton")
-        if name == "triton" or case.groups == 1
-    ],
-    indirect=["kernels"],
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_matches_the_reference_with_its_gradients(kernels: Any, case: Case, last: bool) -> None:
     generator, dtype = torch.Generator().manual_seed(0), torch.float16 if last else torch.float32

@@ -63,6 +63,17 @@ __global__ void wrong_mask_kernel(float* to) { to[threadIdx.x] = __shfl_sync(0x1
 
 __global__ void unaligned_kernel(float* to) { store_vector(to + 1, Vector<float, 4>{}); }
 
+#ifndef __CUDACC__
+// Only here threads have a fixed stack.
+__attribute__((noinline)) float deep(int depth) {
+  volatile float frame[256];
+  frame[depth % 256] = float(depth);
+  return depth == 0 ? 0.f : deep(depth - 1) + frame[depth % 256];
+}
+
+__global__ void deep_stack_kernel(float* to) { to[threadIdx.x] = deep(1000); }
+#endif
+
 __global__ void read_at_kernel(float* to, const float* from, int64_t index) { to[threadIdx.x] = from[index]; }
 
 __global__ void write_at_kernel(float* to, int64_t index) { to[index] = 1.f; }
@@ -159,6 +170,9 @@ Tensor probe(const Tensor& like, std::string name) {
   if (name == "lonely_barrier") stream.launch(&lonely_barrier_kernel, 1, kThreads, 0, data);
   if (name == "wrong_mask") stream.launch(&wrong_mask_kernel, 1, kThreads, 0, data);
   if (name == "unaligned") stream.launch(&unaligned_kernel, 1, 1, 0, data);
+#ifndef __CUDACC__
+  if (name == "deep_stack") stream.launch(&deep_stack_kernel, 1, 1, 0, data);
+#endif
   if (name == "unwritten") stream.launch(&unwritten_kernel, 1, kThreads, bytes, data);
   if (name == "large_block") stream.launch(&unaligned_kernel, 1, 1025, 0, data);
   if (name == "large_memory") stream.launch(&unaligned_kernel, 1, 1, 228 << 10, data);

@@ -67,6 +67,7 @@ def test_memory_that_nobody_wrote_is_nan(probe: Probe) -> None:
     [
         ("lonely_barrier", "64 of 64 threads of block 0 wait for ever"),
         ("wrong_mask", "a lane calls a collective with a mask that leaves it out"),
+        ("deep_stack", "more than 262144 bytes of stack, in thread 0 of block 0"),
         ("unaligned", "a vector access is not aligned, in thread 0 of block 0"),
         ("large_block", "a block of more than 1024 threads"),
         ("large_memory", "a block with more than 227 KiB of shared memory"),

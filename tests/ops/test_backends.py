@@ -179,7 +179,7 @@ def test_measurements_decide() -> None:
         input = ((8, 64, size, size), dtype, torch.device("cuda", 0))
         predicates = dict.fromkeys(("cuda", "triton", "cpu"), lambda *, raise_error=False: True)
         found = backends.in_order(op, predicates, input, (64, 64, 3, 3), 1)
-        return list(found), found.why, backends.gpu_backend(op, backends.ON_GPU, input, (64, 64, 3, 3), 1)
+        return list(found), found.why, backends.gpu_backend(op, input, (64, 64, 3, 3), 1)
 
     measured = "was measured to be faster on NVIDIA Test (1)"
     default = ["cuda", "triton", "cpu"]

@@ -454,10 +454,13 @@ def test_explain_knows_measurements_and_kernels_of_a_gpu(monkeypatch: pytest.Mon
         found = ak.explain(ak.slim_conv2d, input, whole, out_channels=8)
         assert found.backend == "triton"
         assert found.reasons["cuda"] == "'triton' was measured to be faster on Test"
-        depthwise = torch.empty(16, 1, 3, 3, device="cuda")
+        depthwise, grouped = (torch.empty(16, width, 3, 3, device="cuda") for width in (1, 2))
         found = ak.explain(ak.slim_conv2d, input, depthwise, out_channels=8, groups=16)
-        assert found.reasons["cuda"] == "it takes groups = 1, not 8"
-        assert found.reasons["reference"] == "'triton' comes first"
+        assert found.backend == "cuda"
+        assert found.reasons["triton"] == found.reasons["reference"] == "'cuda' comes first"
+        found = ak.explain(ak.slim_conv2d, input, grouped, out_channels=8, groups=8)
+        assert found.backend == "reference"
+        assert found.reasons["cuda"] == "it takes groups = 1 or C_in = 8, not 4"
 
 
 def test_one_of_several_groups_is_a_convolution_without_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 #include "cuda_runtime.h"
 
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -93,6 +94,11 @@ class Fiber {
       entered_ = true;
       setcontext(&context_);
     }
+    running = nullptr;
+  }
+
+  bool overflows(const void* address) const {
+    return address >= stack_ && address < static_cast<char*>(stack_) + sysconf(_SC_PAGESIZE);
   }
 
   void wait(const std::function<bool()>& ready) {
@@ -111,7 +117,7 @@ class Fiber {
   // Gives up the running thread, from a signal handler.
   [[noreturn]] static void abandon() { _longjmp(scheduler, 1); }
 
-  static Fiber* running;
+  static Fiber* running;  // null between threads
 
  private:
   static jmp_buf scheduler;
@@ -189,29 +195,51 @@ void run_block(std::vector<std::unique_ptr<Fiber>>& fibers) {
   }
 }
 
-// A bad access of a thread ends the launch with an error instead of the process.
+// A bad access of a thread ends the launch with an error instead of the process. Others are left to who was asked
+// before: those of another thread of the host, or of what runs between the threads.
 class BadAccesses {
  public:
-  BadAccesses() {
+  BadAccesses() : stack_(kStackBytes) {
+    thread = pthread_self();
+    // Of its own, since a thread that overflows its stack has none for the handler.
+    const stack_t stack = {.ss_sp = stack_.data(), .ss_flags = 0, .ss_size = stack_.size()};
+    sigaltstack(&stack, &stack_before_);
     struct sigaction action = {};
     action.sa_sigaction = &handle;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &before_);
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &before);
   }
-  ~BadAccesses() { sigaction(SIGSEGV, &before_, nullptr); }
+  ~BadAccesses() {
+    sigaction(SIGSEGV, &before, nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
   BadAccesses(const BadAccesses&) = delete;
 
  private:
   static void handle(int, siginfo_t* info, void*) {
+    if (!pthread_equal(thread, pthread_self()) || Fiber::running == nullptr) {
+      sigaction(SIGSEGV, &before, nullptr);
+      return;
+    }
     std::ostringstream text;
-    text << "emulation: bad access " << describe(info->si_addr) << ", in thread " << thread_index.x << " of block "
-         << block_index.x;
+    text << "emulation: ";
+    if (Fiber::running->overflows(info->si_addr))
+      text << "more than " << kStackBytes << " bytes of stack";
+    else
+      text << "bad access " << describe(info->si_addr);
+    text << ", in thread " << thread_index.x << " of block " << block_index.x;
     block->error = std::make_exception_ptr(std::runtime_error(text.str()));
     Fiber::abandon();
   }
 
-  struct sigaction before_;
+  std::vector<char> stack_;
+  stack_t stack_before_;
+  static pthread_t thread;
+  static struct sigaction before;
 };
+
+pthread_t BadAccesses::thread;
+struct sigaction BadAccesses::before;
 
 // Shared memory of exactly the size asked for, full of NaN, and nothing accessible behind it.
 class SharedMemory {

@@ -32,8 +32,9 @@ struct Buffer {
 
 size_t page_size() { return size_t(sysconf(_SC_PAGESIZE)); }
 
+// By where they begin. It is never destroyed, for the last tensors go after everything else.
 std::mutex mutex;
-std::map<const unsigned char*, Buffer> buffers;  // by where they begin
+std::map<const unsigned char*, Buffer>& buffers = *new std::map<const unsigned char*, Buffer>();
 std::atomic<bool> enabled = false;
 
 void release(void* start) {
@@ -113,7 +114,8 @@ std::string describe(const void* address) {
 
 // From now on memory of tensors is guarded, or not any more.
 extern "C" __attribute__((visibility("default"))) void guard_memory(bool guard) {
-  static emulation::GuardingAllocator allocator;
-  static const bool set = (c10::SetCPUAllocator(&allocator, 100), true);
+  // torch may ask it until the process has ended, so it is never destroyed.
+  static auto* const allocator = new emulation::GuardingAllocator();
+  static const bool set = (c10::SetCPUAllocator(allocator, 100), true);
   emulation::enabled = set && guard;
 }
