@@ -161,9 +161,6 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   }
 }
 
-// Memory takes longer to answer than a small map to be gathered.
-constexpr int64_t kChannelsAhead = 4;
-
 // Few grid points: each tap's are gathered, so that vectors are full and nothing is computed only to be dropped.
 // Where a phase of a channel lies row by row at the width of the grid, all of a tap's points are its plane from some
 // offset on, but for those outside the source, which masks clear.
@@ -237,8 +234,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
         source = static_cast<const float*>(planes.data) + at;
       else
         copy_phases(copy, plane, grid_width, planes, unit.source_frame, live[i], windows, phase_count);
-      const bool last = begin + i + kChannelsAhead >= unit.live_count;
-      RowsAhead ahead = last ? RowsAhead() : RowsAhead(planes, unit.source_frame, live[i + kChannelsAhead], windows[0]);
+      RowsAhead ahead = rows_ahead(planes, unit, begin + i, windows[0]);
       for (int64_t y = 0; y < conv.step_y * grid_height; ++y) ahead.fetch_next();
       const int64_t weight = live_weight(conv, live[i]) - live_weight(conv, unit.live[0]);
       for (int64_t t = 0; t < tap_count; ++t) {
