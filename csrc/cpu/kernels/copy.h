@@ -144,6 +144,14 @@ class RowsAhead {
   int64_t stride_ = 0, bytes_ = 0;
 };
 
+// Those of a channel that is copied soon after live channel i: memory takes longer to answer than a small map takes.
+inline RowsAhead rows_ahead(const Planes& planes, const Unit& unit, int64_t i, const Window& window) {
+  constexpr int64_t kElements = 1024, kMostChannels = 8;
+  const int64_t plane = std::max<int64_t>(1, planes.height * planes.width);
+  const int64_t ahead = i + std::min(kMostChannels, 1 + kElements / plane);
+  return ahead < unit.live_count ? RowsAhead(planes, unit.source_frame, unit.live[ahead], window) : RowsAhead();
+}
+
 // Two phases that lie side by side: even gets pixels x, x + 2, ... of each row, odd gets x + 1, x + 3, ...
 // Nothing is written `plane` elements past the beginning of either, because the other may lie there.
 inline void copy_pair(float* even, float* odd, int64_t plane, int64_t pitch, const Planes& planes, int64_t frame,

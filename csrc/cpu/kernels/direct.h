@@ -234,8 +234,7 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
         source = static_cast<const float*>(planes.data) + at;
       else
         copy_phases(copy, plane, grid_width, planes, unit.source_frame, live[i], windows, phase_count);
-      const bool last = begin + i + 1 == unit.live_count;
-      RowsAhead ahead = last ? RowsAhead() : RowsAhead(planes, unit.source_frame, live[i + 1], windows[0]);
+      RowsAhead ahead = rows_ahead(planes, unit, begin + i, windows[0]);
       for (int64_t y = 0; y < conv.step_y * grid_height; ++y) ahead.fetch_next();
       const int64_t weight = live_weight(conv, live[i]) - live_weight(conv, unit.live[0]);
       for (int64_t t = 0; t < tap_count; ++t) {

@@ -337,9 +337,8 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
       copy_route(copy, width, planes, unit.source_frame, route, window);
       rows = {copy, 0, width, 0, height, zeros};
     }
-    const bool last = i + 1 == unit.live_count;
     transform(rows, masks, blocks.rows, blocks.columns, points + i * blocks.count, slice,
-              last ? RowsAhead() : RowsAhead(planes, unit.source_frame, unit.live[i + 1], window));
+              rows_ahead(planes, unit, i, window));
   }
   const int64_t span = live_span(conv, unit.live, unit.live_count);
   for (int point = 0; point < Method::size * Method::size; ++point, points += slice)
