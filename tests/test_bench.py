@@ -582,7 +582,7 @@ def results_with(records: list[dict[str, Any]]) -> dict[str, Any]:
         "device": "AMD EPYC 7R13",
         "threads": 2,
         "instruction_set": "AVX2",
-        "matmul_gflops": 100.0,
+        "conv_gflops": 100.0,
         "copy_gb_per_s": 20.0,
     }
     return report.collect(raw, machine, {"quick": False, "filter": None, "failed": []})

@@ -34,7 +34,7 @@ void add_units(std::vector<Unit>& units, const Problem& problem, const WeightStr
   for (int64_t g = 0; g < groups; ++g) {
     const auto r = groups == 1 ? rows : take(rows, (g + 1) * group_rows);
     const auto l = groups == 1 ? live : take(live, (g + 1) * group_live);
-    if (r.empty()) continue;
+    if (r.empty() && !whole_frame) continue;  // whole ones have zeros to write
     units.push_back(unit);
     units.back().rows = r.data();
     units.back().row_count = int64_t(r.size());
@@ -102,6 +102,12 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
     if (conv.rows_per_live == 0) flatten_grid(conv);
     if (whole_weights && can_use_winograd(conv))
       transform_weights(conv, units, row_count, live_count, kernels, call_scratch());
+    if (conv.channels > 0) {
+      const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
+      float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));
+      kernels.depthwise_columns(conv, columns, count);
+      conv.columns = {columns, count};
+    }
     add_tasks(tasks, conv, units, kernels);
   }
   const int64_t count = int64_t(tasks.size());
@@ -109,14 +115,15 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
   const int64_t chunks = zeros.empty() ? 0 : (row_count + chunk - 1) / chunk;  // of a frame
   const double zero_work = zeros.empty() ? 0. : double(frame_count * row_count * plane) / 16;
-  run_tasks(count + frame_count * chunks, work(tasks) + zero_work, [&](int64_t i, Scratch& scratch) {
+  const auto run_one = [&](int64_t i, Scratch& scratch) {
     if (i < count) {
       run_task(tasks[size_t(i)], kernels, scratch);
     } else {
       const int64_t first = (i - count) % chunks * chunk;
       zero_channel_range(target, zeros, (i - count) / chunks, first, std::min(first + chunk, row_count));
     }
-  });
+  };
+  run_tasks(count + frame_count * chunks, work(tasks) + zero_work, run_one, frame_count * chunks);
 }
 
 // The convolution from `input` to `output`, without its operands' values.
@@ -144,8 +151,11 @@ Convolution forward_convolution(const Problem& problem,
                            .dx = kx * problem.x.dilation - problem.x.padding,
                            .weight = int32_t((ky * problem.x.size + kx) * strides.tap)});
   lay_out_taps(conv);
-  if (problem.group_count > 1 && problem.group_in() == 1 && problem.t.size == 1 && can_use_depthwise(conv))
-    conv.rows_per_live = problem.group_out();
+  if (problem.group_count > 1 && problem.group_in() == 1) {
+    const bool channels_last = can_use_depthwise_channels(conv, problem.in_channels, problem.out_channels);
+    if (channels_last) conv.channels = problem.in_channels;
+    if (channels_last || can_use_depthwise_planes(conv)) conv.rows_per_live = problem.group_out();
+  }
   return conv;
 }
 
@@ -398,9 +408,12 @@ void convolve(const Problem& problem, const Tensor& input, const Tensor& weight,
   conv.bias = biases.data();
   conv.activation = Activation(activation);
   conv.accumulates = accumulates;
+  const bool zeroes = conv.channels > 0 && !zeros.empty();
+  if (zeroes) conv.zeros = &zeros;
   const std::vector<Unit> units = make_units(strides, conv.rows_per_live > 0);
   std::vector<Convolution> convs = {std::move(conv)};
-  run(convs, problem, units, problem.out_channels, problem.in_channels * problem.t.size, zeros, output.size(0));
+  run(convs, problem, units, problem.out_channels, problem.in_channels * problem.t.size,
+      zeroes ? no_channels() : zeros, output.size(0));
   call_scratch().trim();
 }
 

@@ -6,6 +6,8 @@
 
 namespace adakernels {
 
+class FrameChannels;
+
 enum class Scalar : int32_t { f32, bf16, u8 };
 
 // The order is the operator schema's `activation` argument.
@@ -66,6 +68,12 @@ struct WinogradWeights {
   int64_t row_stride, point_stride;
 };
 
+// Element [i, c]: weight i of target channel c, of the last row its bias.
+struct Columns {
+  const float* data;
+  int64_t count;  // channels, rounded up to whole vectors
+};
+
 // A convolution from `source` to `target`: grid point (y, x) of the target sums, over live channels and taps,
 // weight * source(y * step_y + dy, x * step_x + dx), zero outside the source, and is stored at
 // (target_y + y * target_step_y, target_x + x * target_step_x).
@@ -88,6 +96,9 @@ struct Convolution {
   int64_t times = 1;             // temporal taps
   bool all_live_here;            // no live route reads the next frame
   int64_t rows_per_live;         // of a depthwise convolution: row r reads live channel r / rows_per_live alone; else 0
+  int64_t channels = 0;          // of a depthwise one between channels-last planes: source channels; else 0
+  Columns columns;               // of such a one
+  const FrameChannels* zeros = nullptr;  // target channels that such a one zeroes, or null
   WinogradWeights winograd;      // null weight: the direct convolution
 };
 

@@ -39,14 +39,20 @@ FrameRoutes computed_routes(PolicyValues policy, int64_t frame_count, int64_t ch
 }
 
 int64_t FrameChannels::list(int64_t frame, int64_t begin, int64_t end, int32_t* list) const {
-  const int64_t* values = policy_ + frame * channels_;
-  const bool first = frames_ > 0 && frame % frames_ == 0;
+  const int64_t *values = policy_ + frame * channels_, from = least(frame);
   int64_t count = 0;
   for (int64_t c = begin; c < end; ++c) {
     list[count] = int32_t(c);
-    count += (values[c] == skip) | (first & (values[c] == reuse));
+    count += values[c] >= from;
   }
   return count;
+}
+
+uint32_t FrameChannels::bits(int64_t frame, int64_t begin, int64_t end) const {
+  const int64_t *values = policy_ + frame * channels_, from = least(frame);
+  uint32_t bits = 0;
+  for (int64_t c = begin; c < end; ++c) bits |= uint32_t(values[c] >= from) << (c - begin);
+  return bits;
 }
 
 FrameChannels zero_channels(PolicyValues policy, int64_t channels, int64_t frames) {

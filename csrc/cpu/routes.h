@@ -1,6 +1,7 @@
 // Lists of channels per frame, built from policies.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <vector>
@@ -45,12 +46,17 @@ class FrameChannels {
   bool empty() const { return policy_ == nullptr; }
   // Writes to `list` those of a frame's channels [begin, end) that belong to it, and returns how many. list: [end - begin]
   int64_t list(int64_t frame, int64_t begin, int64_t end, int32_t* list) const;
+  // The same of up to 32 channels as a set of bits.
+  uint32_t bits(int64_t frame, int64_t begin, int64_t end) const;
 
  private:
   friend FrameChannels zero_channels(PolicyValues, int64_t, int64_t);
   friend FrameChannels dead_channels(PolicyValues, int64_t);
   FrameChannels(PolicyValues policy, int64_t channels, int64_t frames)
       : policy_(policy), channels_(channels), frames_(frames) {}
+  // The least value of a policy that says that a channel belongs to the set of a frame.
+  Policy least(int64_t frame) const { return frames_ > 0 && frame % frames_ == 0 ? reuse : skip; }
+
   PolicyValues policy_;
   int64_t channels_, frames_;
 };

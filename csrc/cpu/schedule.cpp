@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <new>
 
 #include <torch/csrc/stable/ops.h>
@@ -25,6 +26,7 @@ constexpr int64_t kWinogradPoints = 100;
 constexpr size_t kUnitsPerTask = 64;
 // A depthwise task lays its geometry out once for all of its planes.
 constexpr int64_t kGroupsPerTask = 4, kGridRowsPerTask = 4;
+constexpr int64_t kVectorsPerTask = 8, kDepthwisePoints = 512;
 constexpr int64_t kSmallUnitRows = 4;
 // Waking a thread costs a few microseconds.
 constexpr double kParallelWork = 1e5;
@@ -77,6 +79,22 @@ void add_depthwise_tasks(std::vector<Task>& tasks, const Convolution& conv, std:
                        Tile{conv.grid_height * y / y_parts, conv.grid_height * (y + 1) / y_parts, 0, conv.grid_width,
                             begin - passed, end - passed}});
   }
+}
+
+// The same of channels-last planes, whose rows are vectors of channels, in parts of the map that fit into the cache.
+void add_channels_last_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
+                             int64_t lanes) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t y_parts =
+      std::clamp<int64_t>(ceil_div(conv.source.height * conv.source.width, kDepthwisePoints), 1, conv.grid_height);
+  const int64_t vectors = int64_t(units.size()) * ceil_div(conv.channels * conv.rows_per_live, lanes);
+  const int64_t parts =
+      std::min(ceil_div(vectors, kVectorsPerTask), ceil_div(kTasksPerThread * threads, y_parts));
+  for (int64_t p = 0; p < parts; ++p)
+    for (int64_t y = 0; y < y_parts; ++y)
+      tasks.push_back({&conv, units.data(), int64_t(units.size()),
+                       Tile{conv.grid_height * y / y_parts, conv.grid_height * (y + 1) / y_parts, 0, conv.grid_width,
+                            vectors * p / parts * lanes, vectors * (p + 1) / parts * lanes}});
 }
 
 }  // namespace
@@ -146,12 +164,23 @@ bool can_use_winograd(const Convolution& conv) {
   return true;
 }
 
-bool can_use_depthwise(const Convolution& conv) {
-  const auto gapless = [](const Planes& p) {
-    return p.scalar == Scalar::f32 && p.column_stride == 1 && p.row_stride == p.width;
+namespace {
+
+bool can_use_depthwise(const Convolution& conv, int64_t source_pixel, int64_t target_pixel) {
+  const auto gapless = [](const Planes& p, int64_t pixel) {
+    return p.scalar == Scalar::f32 && p.column_stride == pixel && p.row_stride == p.width * pixel;
   };
-  return gapless(conv.source) && gapless(conv.target) && conv.target_step_y == 1 && conv.target_step_x == 1 &&
-         conv.all_live_here && !conv.taps.empty();
+  return gapless(conv.source, source_pixel) && gapless(conv.target, target_pixel) && conv.target_step_y == 1 &&
+         conv.target_step_x == 1 && conv.all_live_here && !conv.taps.empty();
+}
+
+}  // namespace
+
+bool can_use_depthwise_planes(const Convolution& conv) { return can_use_depthwise(conv, 1, 1); }
+
+bool can_use_depthwise_channels(const Convolution& conv, int64_t source_channels, int64_t target_channels) {
+  return conv.source.channel_stride == 1 && conv.target.channel_stride == 1 &&
+         can_use_depthwise(conv, source_channels, target_channels);
 }
 
 void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
@@ -184,7 +213,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
     return;
   }
   if (conv.rows_per_live > 0) {
-    add_depthwise_tasks(tasks, conv, units, kernels.lanes);
+    (conv.channels > 0 ? add_channels_last_tasks : add_depthwise_tasks)(tasks, conv, units, kernels.lanes);
     return;
   }
   const size_t begin = tasks.size();
@@ -227,12 +256,12 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
                                 row_count * (r + 1) / row_parts}});
     u = end;
   }
-  // Threads take tasks in turn, more or less.
+  // A thread takes tasks one after the other, more or less.
   const auto start = [&](size_t i) {
     const Task& task = tasks[std::min(i, tasks.size() - 1)];
     return task.units->source_frame * conv.source.frame_stride + task.tile.x_begin;
   };
-  for (size_t i = begin; i < tasks.size(); ++i) tasks[i].tile.next = start(i + size_t(threads)) - start(i);
+  for (size_t i = begin; i < tasks.size(); ++i) tasks[i].tile.next = start(i + 1) - start(i);
 }
 
 double work(const std::vector<Task>& tasks) {
@@ -241,7 +270,8 @@ double work(const std::vector<Task>& tasks) {
     const Tile& tile = task.tile;
     const Convolution& conv = *task.convolution;
     const int64_t taps = int64_t(conv.taps.size());
-    const int64_t products = conv.rows_per_live > 0 ? 1 + taps : task.unit_count * (1 + task.units->live_count * taps);
+    const int64_t products = conv.rows_per_live > 0 ? 1 + taps * conv.times
+                                                    : task.unit_count * (1 + task.units->live_count * taps);
     sum += double(tile.y_end - tile.y_begin) * double(tile.x_end - tile.x_begin) *
            double(tile.row_end - tile.row_begin) * double(products);
   }
@@ -257,21 +287,34 @@ void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
     kernels.convolve_direct(*task.convolution, task.units, task.unit_count, task.tile, scratch);
 }
 
-void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run) {
+void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run, int64_t small_count) {
   if (count == 0) return;
-  std::atomic<int64_t> next{0};
+  const int64_t threads = work < kParallelWork ? 1 : std::min(count, int64_t(torch::stable::get_num_threads()));
+  // Of either kind each thread begins with a part of its own, the same one in every call, since its cache may still
+  // hold what the tasks of that part read and write; then it helps the others.
+  const int64_t kinds[] = {0, count - small_count, count};
+  const auto part_begin = [&](int kind, int64_t part) {
+    return kinds[kind] + (kinds[kind + 1] - kinds[kind]) * part / threads;
+  };
+  const auto next = std::make_unique<std::atomic<int64_t>[]>(size_t(2 * threads));
+  for (int kind = 0; kind < 2; ++kind)
+    for (int64_t t = 0; t < threads; ++t) next[size_t(kind * threads + t)] = part_begin(kind, t);
   std::exception_ptr failure;
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  const auto worker = [&](int64_t, int64_t) {
+  const auto worker = [&](int64_t first, int64_t) {
     static thread_local Scratch scratch;
     try {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(i, scratch);
+      for (int kind = 0; kind < 2; ++kind)
+        for (int64_t t = 0; t < threads; ++t) {
+          const int64_t part = (first + t) % threads, end = part_begin(kind, part + 1);
+          std::atomic<int64_t>& task = next[size_t(kind * threads + part)];
+          for (int64_t i; (i = task.fetch_add(1, std::memory_order_relaxed)) < end;) run(i, scratch);
+        }
     } catch (...) {
       if (!failed.test_and_set()) failure = std::current_exception();
     }
     scratch.trim();
   };
-  const int64_t threads = work < kParallelWork ? 1 : std::min(count, int64_t(torch::stable::get_num_threads()));
   if (threads == 1)
     worker(0, 1);
   else

@@ -18,8 +18,9 @@ const Kernels& best_kernels();
 // enough for its blocks to fill vectors.
 bool can_use_winograd(const Convolution& convolution);
 
-// Whether the depthwise kernel reads and writes these planes.
-bool can_use_depthwise(const Convolution& convolution);
+// Whether the depthwise kernel reads and writes these planes: both planar, or both channels-last with so many channels.
+bool can_use_depthwise_planes(const Convolution& convolution);
+bool can_use_depthwise_channels(const Convolution& convolution, int64_t source_channels, int64_t target_channels);
 
 // Transforms the 3x3 kernels of the rows that units name into `scratch`, and has `convolution` use them.
 void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
@@ -44,7 +45,9 @@ double work(const std::vector<Task>& tasks);
 
 void run_task(const Task& task, const Kernels& kernels, Scratch& scratch);
 
-// Calls run(i, scratch) for i < count, each once, on all threads if `work` multiply-adds are worth waking them.
-void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run);
+// Calls run(i, scratch) for i < count, each once, on all threads if `work` multiply-adds are worth waking them. The
+// last `small_count` are begun when no other is left.
+void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scratch&)>& run,
+               int64_t small_count = 0);
 
 }  // namespace adakernels

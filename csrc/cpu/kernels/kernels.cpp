@@ -16,6 +16,7 @@ const Kernels kernels = {
     .convolve_direct = convolve_direct,
     .convolve_winograd = convolve_winograd,
     .convolve_depthwise = convolve_depthwise,
+    .depthwise_columns = depthwise_columns,
     .winograd_points_size = winograd_points_size,
     .winograd_point_stride = winograd_point_stride,
     .winograd_weights = winograd_weights,

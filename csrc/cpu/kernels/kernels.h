@@ -38,6 +38,8 @@ struct Kernels {
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
   // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
   void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
+  // Fills the columns of such a convolution of channels-last planes. columns: [weight_row + 1, column_count]
+  void (*depthwise_columns)(const Convolution&, float* columns, int64_t column_count);
   // Floats that the transformed source of a tile takes.
   int64_t (*winograd_points_size)(const Convolution&, const Unit&, const Tile&);
   // Distance of two points of a transformed kernel.

@@ -42,6 +42,18 @@ inline Vector<4> load_quads(const float* const* planes, int64_t at) { return loa
 inline void store_quads(float* const* planes, int64_t at, Vector<4> v) { store<4>(planes[0] + at, v); }
 #endif
 
+// Writes those lanes alone whose mask is -1, not 0.
+inline void store_lanes(float* to, Vector<kLanes> v, VectorOf<kLanes>::integer mask) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, _mm512_movepi32_mask(__m512i(mask)), __m512(v));
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(to, __m256i(mask), __m256(v));
+#else
+  for (int l = 0; l < kLanes; ++l)
+    if (mask[l]) to[l] = v[l];
+#endif
+}
+
 // Transposes every 4x4 block of four vectors.
 inline void transpose_quads(Vector<kLanes>* v) {
   constexpr auto low = indices<kLanes>([](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes; });
