@@ -766,7 +766,7 @@ def test_times_on_a_gpu_choose_a_backend() -> None:
 )
 def test_contests_of_convolutions(make: Callable[..., gpu.Contest], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "backends", lambda op: ["cpu"])
+    monkeypatch.setattr(gpu, "backends", lambda: ["cpu"])
     monkeypatch.setattr(gpu, "sets_of_inputs", lambda make, bytes_each: [make(0), make(1)])
     contest = make(dtype=torch.float32)
     assert set(contest.calls) == {"dense", "masked", "cpu"} and 0 < contest.work <= 1
