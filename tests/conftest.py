@@ -148,11 +148,14 @@ def triton_kernels() -> Any:
 
 
 def _mend_the_interpreter() -> None:
-    """What Triton's interpreter gets wrong with NumPy 2: it does not matter to compiled kernels.
+    """What Triton's interpreter gets wrong: it does not matter to compiled kernels.
 
     Bounds of loops are arrays of one element, which NumPy 2.4 does not convert to int any more. A mask made
-    with a scalar condition is an array of integers, which Triton 3.9 refuses.
+    with a scalar condition is an array of integers, which Triton 3.9 refuses. The bits of bfloat16 numbers are
+    multiplied as if they were integers.
     """
+    import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -175,6 +178,17 @@ def _mend_the_interpreter() -> None:
         return store(self, pointers, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    dot = builder.create_dot
+
+    def widened(block: Any) -> Any:
+        if block.dtype.scalar != tl.bfloat16:
+            return block
+        return interpreter.TensorHandle((block.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot_of_any(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    builder.create_dot = dot_of_any
 
 
 def without_waiting(call: Callable[..., Any]) -> Callable[..., Any]:

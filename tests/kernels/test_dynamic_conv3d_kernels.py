@@ -116,7 +116,11 @@ LARGER = {
         ((0.3, 0.5), (0, 0)), ((0, 1), (1, 0)), 5, 4, 4, (5, 6), (3, 3, 3), (2, 2, 2), (1, 1, 1), groups=4
     ),
 }
-FORMS = [(torch.float32, torch.contiguous_format), (torch.float16, torch.channels_last_3d)]
+FORMS = [
+    (torch.float32, torch.contiguous_format),
+    (torch.float16, torch.channels_last_3d),
+    (torch.bfloat16, torch.channels_last_3d),
+]
 
 
 def make(case: Case, dtype: torch.dtype, format: torch.memory_format, device: str) -> list[Tensor | None]:

@@ -63,9 +63,6 @@ MATRIX_GRADIENTS = [
     ("oi", torch.float32, torch.channels_last),
 ]
 DEPTHWISE_GRADIENTS = [*MATRIX_GRADIENTS, ("oi", torch.bfloat16, torch.channels_last)]
-# In Triton's interpreter a product of bfloat16 blocks is wrong.
-if torch.cuda.is_available():
-    MATRIX_FORMS, MATRIX_GRADIENTS = DEPTHWISE_FORMS, DEPTHWISE_GRADIENTS
 
 
 def make(
@@ -310,7 +307,6 @@ def test_sums_of_several_blocks(kernels: Any, gates: str) -> None:
         check_gradients(kernels, case, gates, torch.float32, torch.channels_last)
 
 
-@ON_CUDA
 @pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX)
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_bfloat16(kernels: Any, case: Case, format: torch.memory_format) -> None:

@@ -59,7 +59,7 @@ CASES = {
         (3, 1), 5, 5, (4, 3), (3, 1, 3), (1, 2, 1), (1, 0, 1), groups=5, packed=True, temporal=(True, False)
     ),
 }
-FORMS = [(torch.float32, False), (torch.float16, True)]
+FORMS = [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)]
 
 
 def make(case: Case, dtype: torch.dtype, channels_last: bool, device: str) -> tuple[Tensor | None, ...]:
