@@ -151,8 +151,8 @@ def _mend_the_interpreter() -> None:
     """What Triton's interpreter gets wrong: it does not matter to compiled kernels.
 
     Bounds of loops are arrays of one element, which NumPy 2.4 does not convert to int any more. A mask made
-    with a scalar condition is an array of integers, which Triton 3.9 refuses. The bits of bfloat16 numbers are
-    multiplied as if they were integers.
+    with a scalar condition is an array of integers, which Triton 3.9 refuses. Products of bfloat16 blocks are
+    made of their bits.
     """
     import numpy as np
     import triton.language as tl
