@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -667,6 +668,15 @@ def test_pages_are_rewritten(tmp_path: Path) -> None:
     readme.write_text("<!-- bench:table -->\n")
     with pytest.raises(ValueError, match="expected <!-- /bench:table --> after"):
         report.rewrite_pages(tmp_path, file)
+
+
+def test_our_pages_show_the_committed_results(tmp_path: Path) -> None:
+    names = set(re.findall(r"benchmarks/results/[\w-]+/results\.json", (ROOT / "README.md").read_text()))
+    assert len(names) == 1
+    for folder in ("docs", "benchmarks/results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    assert report.rewrite_pages(tmp_path, tmp_path / names.pop()) == []
 
 
 def test_our_pages_have_their_markers() -> None:

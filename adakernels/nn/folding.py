@@ -59,9 +59,9 @@ def norm_tensors(norm: _BatchNorm) -> tuple[Tensor | None, ...]:
 class DerivedCache(Generic[_T]):
     """Keeps one value computed from tensors for as long as none of them has changed.
 
-    Changes are seen by the tensors' version counters and addresses, so in-place edits, optimiser steps,
-    `load_state_dict`, `.to()` and replaced parameters are all followed; writes through `tensor.data` have no
-    counter and need `clear()`. Copies and pickles of a cache are empty.
+    Changes are seen by the tensors' version counters, addresses and layouts, so in-place edits, optimiser
+    steps, `load_state_dict`, `.to()` and replaced parameters are all followed; writes through `tensor.data`
+    have no counter and need `clear()`. Copies and pickles of a cache are empty.
     """
 
     __slots__ = ("_entry",)
@@ -88,7 +88,7 @@ class DerivedCache(Generic[_T]):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None
         try:
-            key = (tag, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+            key = (tag, *((t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors))
         except RuntimeError:  # inference tensors have no version counter, wrapped tensors no address
             return None
         entry = self._entry

@@ -155,6 +155,7 @@ class _SlimConv(ConvNormAct):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or type(input) is not Tensor  # others have no memory to read, or behaviour of their own
             or input.device.type != "cpu"
             or input.dim() != self.weight.dim()
             or torch.is_autocast_enabled("cpu")

@@ -486,8 +486,8 @@ def dynamic_conv3d(
         activation: None, "relu", "relu6" or "silu", of the final sum.
 
     Returns:
-        [B, C_out, T', H', W'] in the input's dtype and memory format. Gradients go to every tensor, to gates
-        where they are above 0: a dead branch is not computed, so its gate gets zero.
+        [B, C_out, T', H', W'] in the input's dtype and memory format. Gradients go to every tensor that is
+        used, to gates where they are above 0: a dead branch is not computed, so its gate gets zero.
 
     Raises:
         ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or a negative
@@ -530,6 +530,9 @@ def dynamic_conv3d(
     if temporal_gate is None and channel_gate is None:
         output = activate(F.conv3d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
         return dense(output, like=input)
+    # Filters without their gate serve nothing.
+    temporal_weight = None if temporal_gate is None else temporal_weight
+    channel_weight = None if channel_gate is None else channel_weight
     # The kernels for the CPU look at the values themselves, those for GPUs do not.
     if backend == "reference" or _checks.debugging():
         temporal_gate, channel_gate = (

@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_strip(T* plane, const FrameShape& shape, c
 }
 
 template <typename T, typename Patch>
-__global__ void __launch_bounds__(kThreads, 4) reconstruction_kernel(T* output,          // [B, C, T, H, W]
+__global__ void __launch_bounds__(kThreads, 3) reconstruction_kernel(T* output,          // [B, C, T, H, W]
                                                                      const T* computed,  // [B, C, T, H, W]
                                                                      Task<T> task) {
   constexpr int kSize = Patch::kSize, kBorder = Patch::kBorder;

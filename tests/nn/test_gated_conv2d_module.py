@@ -196,6 +196,10 @@ def round_trip_dtype(module: GatedConv2d) -> None:
     module.bfloat16().float()
 
 
+def transpose_parameter(module: GatedConv2d) -> None:
+    module.weight = nn.Parameter(module.weight.detach().mT)
+
+
 def replace_parameter(module: GatedConv2d) -> None:
     module.weight = nn.Parameter(torch.randn_like(module.weight))
 
@@ -241,6 +245,7 @@ def write_through_data(module: GatedConv2d) -> None:
         assign_other,
         round_trip_dtype,
         replace_parameter,
+        transpose_parameter,
         replace_norm,
         edit_norm,
         set_eps,

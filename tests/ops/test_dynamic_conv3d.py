@@ -416,6 +416,16 @@ def test_dead_levels_get_no_gradient() -> None:
         assert (t[name].grad[live] != 0).all()
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("gate", ["temporal", "channel"])
+def test_filters_without_their_gate_are_not_used(gate: str) -> None:
+    tensors = {name: x for name, x in make(Case()).items() if x is not None and name != f"{gate}_gate"}
+    for leaf in tensors.values():
+        leaf.requires_grad_()
+    ak.dynamic_conv3d(**tensors, padding=(0, 1, 1)).sum().backward()
+    assert {name for name, leaf in tensors.items() if leaf.grad is None} == {f"{gate}_weight"}
+
+
 @pytest.mark.usefixtures("cpu_backend")
 def test_second_derivatives_are_refused() -> None:
     t = make(Case())
