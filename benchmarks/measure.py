@@ -143,6 +143,15 @@ class _no_garbage_collection:
         gc.enable()
 
 
+def upstream_gradient(
+    output: Tensor,  # of a ReLU
+    seed: int,
+) -> Tensor:
+    """A random gradient of `output`, zero where rounding decides whether ReLU passes it on."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(output.shape, generator=random) * (output > 1e-4)
+
+
 def rounds_for(lap_time: float, budget: float, least: int = MIN_ROUNDS) -> int:
     """As many rounds as `budget` seconds allow, never fewer than `least` nor more than 60."""
     return max(least, min(MAX_ROUNDS, int(budget / max(lap_time, 1e-9))))

@@ -19,6 +19,7 @@ from adakernels.models._layers import make_divisible
 from adakernels.models.a3d import SlimBottleneck
 from adakernels.nn import SlimConv3d
 from benchmarks.dense import DENSE_FORMS, FORMATS, DenseConv, DenseNetwork, in_form
+from benchmarks.measure import upstream_gradient
 
 WIDTHS = (0.5, 0.63, 0.83)
 
@@ -218,8 +219,7 @@ class SlimLayer:
         Those of the dense layer are of its own weight and bias, the others of the whole ones.
         """
         case = self.case
-        random = torch.Generator().manual_seed(zlib.crc32(f"{case.family}/{case.name}".encode()))
-        upstream = torch.randn(self.reference().shape, generator=random)
+        upstream = upstream_gradient(self.reference(), zlib.crc32(f"{case.family}/{case.name}".encode()))
         upstreams = {form: in_form(upstream, form) for form in DENSE_FORMS}
         inputs = {form: in_form(self.input, form).detach().requires_grad_() for form in DENSE_FORMS}
         weight, bias = self.conv.weight, self.conv.bias

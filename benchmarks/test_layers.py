@@ -11,7 +11,7 @@ import torch
 import adakernels as ak
 from benchmarks.cases import LayerCase, floor
 from benchmarks.layers import Layer
-from benchmarks.measure import FORMATS, compare
+from benchmarks.measure import FORMATS, compare, upstream_gradient
 
 
 def describe(case: LayerCase, layer: Layer) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_backward(benchmark: Any, backward_case: LayerCase, quick: bool) -> None
         for leaf in (layer.input, layer.weight, layer.bias):
             leaf.requires_grad_()
     output = plain.reference()
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(backward_case.seed))
+    upstream = upstream_gradient(output, backward_case.seed)
     upstreams = {name: upstream.contiguous(memory_format=FORMATS[name]) for name in FORMATS}
 
     def gradients(name: str, form: str) -> tuple[torch.Tensor, ...]:

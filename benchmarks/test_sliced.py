@@ -10,7 +10,7 @@ import torch
 
 import adakernels as ak
 from benchmarks.dense import DENSE_FORMS, FORMATS
-from benchmarks.measure import MIN_ROUNDS, contest, efficiency, medians
+from benchmarks.measure import MIN_ROUNDS, contest, efficiency, medians, upstream_gradient
 from benchmarks.sliced import Ada3DCase, ClipCase, Clips, FoldedI3D
 
 # A call of a network takes seconds for several clips.
@@ -45,7 +45,7 @@ def test_clips_backward(benchmark: Any, clip_backward_case: ClipCase, quick: boo
         for leaf in (*form.leaves("ours"), *form.leaves("summed")):
             leaf.requires_grad_()
     output = plain.reference()
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(clip_backward_case.seed))
+    upstream = upstream_gradient(output, clip_backward_case.seed)
     upstreams = {name: upstream.contiguous(memory_format=order) for name, order in FORMATS.items()}
 
     def variants(way: str) -> dict[str, Any]:
