@@ -502,9 +502,15 @@ def _measured_section(results: Results, file: Path, page: Path) -> str:
     link, picture = (os.path.relpath(path, page.parent) for path in (file, file.with_suffix(".png")))
     return (
         f"Measured on: {describe(results)}. Clips of gated layers and AdaFuse have {CLIP} frames. "
-        f"Source of every number: [`{link}`]({link}).\n\n"
+        f"Source of every number: [`{link}`]({link}).{_without_a_speed(results)}\n\n"
         f"{render_markdown(summarise(results['records']))}\n\n![time against work, and efficiency]({picture})"
     )
+
+
+def _without_a_speed(results: Results) -> str:
+    """A sentence about the cases that failed, if there are any."""
+    names = [re.sub(r".*\[(.*)\]", r"`\1`", name) for name in results["settings"]["failed"]]
+    return f" Without a speed, because they failed: {', '.join(names)}." if names else ""
 
 
 def _between(text: str, name: str, content: str, page: Path) -> str:
