@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,31 +114,29 @@ def check_operands(op: str, input: Facts, weight: Facts, rank: int) -> None:
     )
 
 
-def can_run_cpu(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the C++ kernels can run a convolution on such tensors."""
-    if not backends.can_run_cpu(op, input[2], input[1], raise_error=raise_error):
+_CAN_RUN = {
+    "cuda": backends.can_run_cuda,
+    "triton": backends.can_run_triton,
+    "cpu": backends.can_run_cpu,
+}
+
+
+def can_run(backend: str, op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
+    """Whether a backend's kernels can run a convolution on such tensors, of one channel group or one each."""
+    if not _CAN_RUN[backend](op, input[2], input[1], raise_error=raise_error):
         return False
-    return one_group_or_all(op, "cpu", input, groups, raise_error)
-
-
-def can_run_cuda(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the CUDA kernels can run a convolution on such tensors."""
-    if not backends.can_run_cuda(op, input[2], input[1], raise_error=raise_error):
-        return False
-    return one_group_or_all(op, "cuda", input, groups, raise_error)
-
-
-def can_run_triton(op: str, input: Facts, groups: int, *, raise_error: bool = False) -> bool:
-    """Whether the Triton kernels can run a convolution on such tensors."""
-    if not backends.can_run_triton(op, input[2], input[1], raise_error=raise_error):
-        return False
-    return one_group_or_all(op, "triton", input, groups, raise_error)
-
-
-def one_group_or_all(op: str, backend: str, input: Facts, groups: int, raise_error: bool) -> bool:
-    """Whether the channels are in one group or in one each, which is what most kernels take."""
     reason = f"it takes groups = 1 or C_in = {input[0][1]}, not {groups}"
     return groups in (1, input[0][1]) or backends.refuse(op, backend, reason, raise_error)
+
+
+def can_run_on(op: str, input: Facts, groups: int) -> dict[str, backends.Predicate]:
+    """`can_run` of every backend."""
+    return {name: partial(can_run, name, op, input, groups) for name in _CAN_RUN}
+
+
+def conv_predicates(op: str, input: Facts, weight: Facts, groups: int) -> Mapping[str, backends.Predicate]:
+    """The same in the order in which they are to be tried."""
+    return backends.in_order(op, can_run_on(op, input, groups), input, weight[0], groups)
 
 
 def empty_output(

@@ -21,10 +21,8 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
-    can_run_cpu,
-    can_run_cuda,
-    can_run_triton,
     conv_arguments,
+    conv_predicates,
     dense_flops,
     empty_output,
     kept_output,
@@ -349,12 +347,7 @@ def _predicates(
 ) -> Mapping[str, backends.Predicate]:
     if temporal_gate is None and channel_gate is None:
         return {}
-    predicates = {
-        "cuda": partial(can_run_cuda, "dynamic_conv3d", input, groups),
-        "triton": partial(can_run_triton, "dynamic_conv3d", input, groups),
-        "cpu": partial(can_run_cpu, "dynamic_conv3d", input, groups),
-    }
-    return backends.in_order("dynamic_conv3d", predicates, input, weight[0], groups)
+    return conv_predicates("dynamic_conv3d", input, weight, groups)
 
 
 def _check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,8 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
-    can_run_cpu,
-    can_run_cuda,
-    can_run_triton,
     conv_arguments,
+    conv_predicates,
     dense_backward_flops,
     dense_flops,
     empty_gradients,
@@ -184,12 +181,7 @@ def _predicates(
 ) -> Mapping[str, backends.Predicate]:
     if in_policy is None and (policy is None or policy[1].is_floating_point):
         return {}
-    predicates = {
-        "cuda": partial(can_run_cuda, "gated_conv2d", input, groups),
-        "triton": partial(can_run_triton, "gated_conv2d", input, groups),
-        "cpu": partial(can_run_cpu, "gated_conv2d", input, groups),
-    }
-    return backends.in_order("gated_conv2d", predicates, input, weight[0], groups)
+    return conv_predicates("gated_conv2d", input, weight, groups)
 
 
 def _check(

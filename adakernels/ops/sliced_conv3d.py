@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,10 +20,8 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
-    can_run_cpu,
-    can_run_cuda,
-    can_run_triton,
     conv_arguments,
+    conv_predicates,
     dense_backward_flops,
     dense_flops,
     empty_gradients,
@@ -231,12 +228,7 @@ def _predicates(
 ) -> Mapping[str, backends.Predicate]:
     if temporal is None and frame_offsets is None:
         return {}
-    predicates = {
-        "cuda": partial(can_run_cuda, "sliced_conv3d", input, groups),
-        "triton": partial(can_run_triton, "sliced_conv3d", input, groups),
-        "cpu": partial(can_run_cpu, "sliced_conv3d", input, groups),
-    }
-    return backends.in_order("sliced_conv3d", predicates, input, weight[0], groups)
+    return conv_predicates("sliced_conv3d", input, weight, groups)
 
 
 def _check(

@@ -20,8 +20,7 @@ from adakernels.ops._conv_arguments import (
     activate,
     autocast,
     before_activation,
-    can_run_cuda,
-    can_run_triton,
+    can_run_on,
     check_operands,
     conv_arguments,
     empty_gradients,
@@ -603,7 +602,7 @@ def _ranges(op: str, segments: Any, channels: int, limit: int) -> tuple[int, ...
     return tuple(merged)
 
 
-def can_run_cpu(op: str, input: Facts, conv: ConvArguments, *, raise_error: bool = False) -> bool:
+def _can_run_cpu(op: str, input: Facts, conv: ConvArguments, *, raise_error: bool = False) -> bool:
     """Whether the CPU's convolutions can run a call on such tensors."""
     if not backends.can_run_cpu(op, input[2], input[1], raise_error=raise_error):
         return False
@@ -615,11 +614,7 @@ def _predicates(
     op: str, input: Facts, weight: Facts, arguments: SlimArguments
 ) -> Mapping[str, backends.Predicate]:
     conv = arguments.conv
-    predicates = {
-        "cuda": partial(can_run_cuda, op, input, conv.groups),
-        "triton": partial(can_run_triton, op, input, conv.groups),
-        "cpu": partial(can_run_cpu, op, input, conv),
-    }
+    predicates = can_run_on(op, input, conv.groups) | {"cpu": partial(_can_run_cpu, op, input, conv)}
     return backends.in_order("slim_conv", predicates, input, weight[0], arguments.groups)
 
 
