@@ -14,6 +14,8 @@ from torch import Tensor
 MIN_ROUNDS = 15
 MAX_ROUNDS = 60
 WARM_UP = 3
+WARM_UP_3D = 2
+MIN_ROUNDS_OF_CLIPS = 5
 CONTENDER = 1.25
 FINALISTS = 2
 BUDGET = 0.5
@@ -233,6 +235,43 @@ def contest(
 def medians(record: Mapping[str, Any]) -> dict[str, float]:
     """The median time of each group's fastest variant, in seconds."""
     return {group: record["times"][name]["p50"] for group, name in record["best"].items()}
+
+
+def contest_of_networks(
+    benchmark: Any,
+    groups: Mapping[str, Mapping[str, Callable[[], Result]]],
+    expected: Result,
+    *,
+    quick: bool,
+    clips: int,
+) -> dict[str, Any]:
+    """`contest` between 3D networks, of which a call takes seconds where there are several clips."""
+    return contest(
+        benchmark,
+        groups,
+        expected,
+        {"ours": 1e-3},
+        quick=quick,
+        warm_up=WARM_UP_3D,
+        min_rounds=MIN_ROUNDS_OF_CLIPS if clips > 1 else MIN_ROUNDS,
+        finalists=1,
+    )
+
+
+def report_3d(benchmark: Any, case: Any, record: Mapping[str, Any], work: float, **facts: Any) -> None:
+    """Keep a 3D case's record, and `facts`, with what follows from work, which is work_ours / work_dense."""
+    seconds = medians(record)
+    benchmark.group = case.family
+    benchmark.extra_info.update(
+        family=case.family,
+        case=case.name,
+        **facts,
+        **record,
+        work_ratio=work,
+        time_ratio=seconds["ours"] / seconds["dense"],
+        excess=seconds["ours"] / seconds["dense"] - work,
+        eta=efficiency(seconds["dense"], seconds["ours"], work),
+    )
 
 
 def compare(

@@ -11,11 +11,7 @@ import torch
 import adakernels as ak
 from benchmarks.dense import DENSE_FORMS, FORMATS
 from benchmarks.dynamic import DynamicCase, DynamicLayer, FoldedR2Plus1d, VARed2Case, prepare
-from benchmarks.measure import MIN_ROUNDS, contest, efficiency, medians
-
-# A call of a network takes seconds for several clips.
-ROUNDS_OF_SEVERAL = 5
-WARM_UP = 2
+from benchmarks.measure import WARM_UP_3D, contest, contest_of_networks, efficiency, medians, report_3d
 
 
 def test_dynamic_layer(benchmark: Any, dynamic_case: DynamicCase, quick: bool) -> None:
@@ -35,11 +31,11 @@ def test_dynamic_layer(benchmark: Any, dynamic_case: DynamicCase, quick: bool) -
             expected,
             {"ours": 1e-4, "masked": 1e-4},
             quick=quick,
-            warm_up=WARM_UP,
+            warm_up=WARM_UP_3D,
         )
     seconds = medians(record)
     computed = dynamic_case.work(filters=False)
-    _report(benchmark, dynamic_case, record, dynamic_case.work(filters=True))
+    report_3d(benchmark, dynamic_case, record, dynamic_case.work(filters=True))
     benchmark.extra_info.update(
         shape=asdict(dynamic_case),
         backend=plain.backend(),
@@ -59,30 +55,8 @@ def test_vared2(benchmark: Any, vared2_case: VARed2Case, quick: bool) -> None:
     with torch.inference_mode():
         with ak.use_backend("reference"):
             expected = model(clips)
-        record = contest(
-            benchmark,
-            groups,
-            expected,
-            {"ours": 1e-3},
-            quick=quick,
-            warm_up=WARM_UP,
-            min_rounds=ROUNDS_OF_SEVERAL if vared2_case.clips > 1 else MIN_ROUNDS,
-            finalists=1,
-        )
-    _report(benchmark, vared2_case, record, work)
+        record = contest_of_networks(benchmark, groups, expected, quick=quick, clips=vared2_case.clips)
+    report_3d(benchmark, vared2_case, record, work)
     benchmark.extra_info.update(
         clips=vared2_case.clips, target_work=vared2_case.work, published=vared2_case.published
-    )
-
-
-def _report(benchmark: Any, case: DynamicCase | VARed2Case, record: dict[str, Any], work: float) -> None:
-    seconds = medians(record)
-    benchmark.group = case.family
-    benchmark.extra_info.update(
-        family=case.family,
-        case=case.name,
-        **record,
-        work_ratio=work,
-        time_ratio=seconds["ours"] / seconds["dense"],
-        eta=efficiency(seconds["dense"], seconds["ours"], work),
     )

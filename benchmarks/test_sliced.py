@@ -10,12 +10,8 @@ import torch
 
 import adakernels as ak
 from benchmarks.dense import DENSE_FORMS, FORMATS
-from benchmarks.measure import MIN_ROUNDS, contest, efficiency, medians, upstream_gradient
+from benchmarks.measure import WARM_UP_3D, contest, contest_of_networks, report_3d, upstream_gradient
 from benchmarks.sliced import Ada3DCase, ClipCase, Clips, FoldedI3D
-
-# A call of a network takes seconds for several clips.
-ROUNDS_OF_SEVERAL = 5
-WARM_UP = 2
 
 
 def test_clips(benchmark: Any, clip_case: ClipCase, quick: bool) -> None:
@@ -31,10 +27,10 @@ def test_clips(benchmark: Any, clip_case: ClipCase, quick: bool) -> None:
         expected = plain.reference()
         tolerances = {"ours": 1e-4, "masked": 1e-4}
         record = contest(
-            benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP, together=plain.together
+            benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP_3D, together=plain.together
         )
     facts = {"shape": asdict(clip_case), "backend": plain.backend()}
-    _report(benchmark, clip_case, record, plain.work, **facts)
+    report_3d(benchmark, clip_case, record, plain.work, **facts)
 
 
 def test_clips_backward(benchmark: Any, clip_backward_case: ClipCase, quick: bool) -> None:
@@ -60,9 +56,9 @@ def test_clips_backward(benchmark: Any, clip_backward_case: ClipCase, quick: boo
         "ours": variants("ours"),
     }
     tolerances = {"ours": 1e-3, "masked": 1e-3}
-    record = contest(benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP)
+    record = contest(benchmark, groups, expected, tolerances, quick=quick, warm_up=WARM_UP_3D)
     facts = {"shape": asdict(clip_backward_case), "backend": plain.backend()}
-    _report(benchmark, clip_backward_case, record, plain.work, **facts)
+    report_3d(benchmark, clip_backward_case, record, plain.work, **facts)
 
 
 def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
@@ -78,35 +74,7 @@ def test_ada3d(benchmark: Any, ada3d_case: Ada3DCase, quick: bool) -> None:
     with torch.inference_mode():
         with ak.use_backend("reference"):
             expected = model(clips, temporal, keep)
-        record = contest(
-            benchmark,
-            groups,
-            expected,
-            {"ours": 1e-3},
-            quick=quick,
-            warm_up=WARM_UP,
-            min_rounds=ROUNDS_OF_SEVERAL if ada3d_case.clips > 1 else MIN_ROUNDS,
-            finalists=1,
-        )
+        record = contest_of_networks(benchmark, groups, expected, quick=quick, clips=ada3d_case.clips)
         count = ak.count_flops(model, clips, temporal, keep)
     work = float(count.actual.mean() / count.dense)
-    _report(benchmark, ada3d_case, record, work, clips=ada3d_case.clips, frames=clips.shape[2])
-
-
-def _report(
-    benchmark: Any, case: ClipCase | Ada3DCase, record: dict[str, Any], work: float, **facts: Any
-) -> None:
-    seconds = medians(record)
-    benchmark.group = case.family
-    benchmark.extra_info.update(
-        family=case.family,
-        case=case.name,
-        **facts,
-        **record,
-        work_ratio=work,
-        time_ratio=seconds["ours"] / seconds["dense"],
-        excess=seconds["ours"] / seconds["dense"] - work,
-        eta=efficiency(seconds["dense"], seconds["ours"], work),
-    )
-    if "masked" in seconds:
-        benchmark.extra_info["masked_ratio"] = seconds["ours"] / seconds["masked"]
+    report_3d(benchmark, ada3d_case, record, work, clips=ada3d_case.clips, frames=clips.shape[2])
