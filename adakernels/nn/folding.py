@@ -84,11 +84,16 @@ class DerivedCache(Generic[_T]):
         """
         if torch.compiler.is_compiling():
             return None
-        tensors = tuple(tensor for tensor in sources if tensor is not None)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return None
+        graded = torch.is_grad_enabled()
+        key = [tag]
         try:
-            key = (tag, *((t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors))
+            for tensor in sources:
+                if tensor is None:
+                    key.append(None)
+                    continue
+                if graded and tensor.requires_grad:
+                    return None
+                key += tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
         except RuntimeError:  # inference tensors have no version counter, wrapped tensors no address
             return None
         entry = self._entry
@@ -97,7 +102,8 @@ class DerivedCache(Generic[_T]):
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
             # The aliases keep the storages alive, so that no other tensor can get their addresses.
-            self._entry = (key, tuple(tensor.detach() for tensor in tensors), value)
+            aliases = tuple(tensor.detach() for tensor in sources if tensor is not None)
+            self._entry = (key, aliases, value)
         return value
 
     def __reduce__(self) -> tuple[type[DerivedCache[Any]], tuple[()]]:

@@ -20,7 +20,6 @@ from adakernels.ops._layout import dense
 from adakernels.ops.slim_conv import (
     CpuConv,
     Segments,
-    SlimArguments,
     cpu_call,
     cpu_settings,
     prepare,
@@ -39,14 +38,13 @@ class _Call(NamedTuple):
     """A call with a prepared weight.
 
     Attributes:
-        seen, segments: what it depended on.
-        slim, run: its arguments in normal form, and the convolution.
+        seen, segments: what it follows from.
+        run: the convolution.
         weight, bias: as prepared for that.
     """
 
-    seen: tuple[Any, ...]
+    seen: tuple[Any, ...] | None
     segments: Segments | None
-    slim: SlimArguments
     run: CpuConv
     weight: Tensor  # [out_channels, C/groups, ...]
     bias: Tensor | None  # [out_channels]
@@ -91,13 +89,34 @@ class _SlimConv(ConvNormAct):
             ValueError, TypeError: as `slim_conv2d` and `slim_conv3d`; and for a norm that is no batch
                 normalisation, unless all channels are computed.
         """
+        prepared, seen = self._prepared_for(input), None
+        if prepared is not None:
+            # All that a call follows from besides the weights. Caches are cold after a convolution, so that a
+            # call like the last one looks at little more than that it is.
+            seen = (
+                input.shape,
+                input.stride(),
+                input.dtype,
+                out_channels,
+                type(out_channels),
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                self.activation,
+                cpu_settings(),
+            )
+            call = prepared.last
+            # Equal segments may have other types in them.
+            if call is not None and call.segments is segments and call.seen == seen and not flops.counting:
+                return call.run(input, call.weight, call.bias)
         facts(self.operator.__name__, "input", input)
         if out_channels is None and segments is None and self._is_plain(input):
             return self._plain_forward(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+            padding, seen = 0, None
         norm = self.norm
         fixed = norm is None or is_foldable(norm)
         arguments = (
@@ -109,8 +128,8 @@ class _SlimConv(ConvNormAct):
             self.groups,
             self.activation if fixed else None,
         )
-        if fixed:
-            output = self._prepared_forward(input, arguments)
+        if prepared is not None and input.dim() == self.weight.dim():
+            output = self._first_call(prepared, seen, input, arguments)
             if output is not None:
                 return output
         weight, bias = self.with_norm(norm) or (self.weight, self.bias)
@@ -146,49 +165,47 @@ class _SlimConv(ConvNormAct):
             output = self.norm(output)
         return ACTIVATIONS[self.activation](output)
 
-    def _prepared_forward(
+    def _prepared_for(
         self,
         input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
-        arguments: tuple[Any, ...],
-    ) -> Tensor | None:
-        """The result in inference on the CPU, with a weight that is prepared once for a width; else None."""
+    ) -> _Prepared | None:
+        """What is prepared of the weights as they are, in inference on the CPU; else None."""
         if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
             or type(input) is not Tensor  # others have no memory to read, or behaviour of their own
-            or input.device.type != "cpu"
-            or input.dim() != self.weight.dim()
+            or not input.is_cpu
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        weight, bias = self.weight, self.bias
-        norm = cast("_BatchNorm | None", self.norm)
-        sources = (weight, bias) if norm is None else (weight, bias, *norm_tensors(norm))
-        prepared = self._prepared.get(sources, _Prepared, tag=None if norm is None else norm.eps)
-        if prepared is None:
+        norm = self._modules.get("norm")
+        if norm is not None and not is_foldable(norm):
             return None
-        # Caches are cold after a convolution: a call like the last one looks at little more than that it is.
-        seen = (input.shape, input.stride(), input.dtype, arguments, type(arguments[0]), cpu_settings())
-        call = prepared.last
-        # Equal segments may have other types in them.
-        if call is None or call.segments is not arguments[1] or call.seen != seen:
-            input = dense(input)
-            call = self._new_call(prepared, seen, input, weight, bias, arguments)
-            if call is None:
-                return None
-        record_work(self.operator.__name__, call.slim, input, weight)
-        return call.run(input, call.weight, call.bias)
+        parameters = self._parameters
+        # Looked up as attributes they take a microsecond; a parametrised layer has the weight nowhere else.
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        if norm is None:
+            return self._prepared.get((weight, bias), _Prepared)
+        norm = cast(_BatchNorm, norm)
+        return self._prepared.get((weight, bias, *norm_tensors(norm)), _Prepared, tag=norm.eps)
 
-    def _new_call(
+    def _first_call(
         self,
         prepared: _Prepared,
-        seen: tuple[Any, ...],
+        seen: tuple[Any, ...] | None,
         input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
-        weight: Tensor,  # [C_out, C_in/groups, ...]
-        bias: Tensor | None,  # [C_out]
         arguments: tuple[Any, ...],
-    ) -> _Call | None:
-        """The call with what is prepared for its width, now if need be; None where it is not for the CPU."""
+    ) -> Tensor | None:
+        """The result with a weight that is prepared for its width, now if need be; None where the CPU's
+        convolutions are not to make it.
+
+        Args:
+            seen: what to know this call by when it is repeated, if that is possible.
+        """
+        weight, bias = self.weight, self.bias
+        as_it_was = input.stride()
+        input = dense(input)
         planned = cpu_call(self.operator.__name__, input, weight, bias, *arguments)
         if planned is None:
             return None
@@ -206,11 +223,12 @@ class _SlimConv(ConvNormAct):
                 prepared.widths.pop(width, None)
             prepared.widths[key] = tensors
         segments = arguments[1]
-        call = _Call(seen, segments, slim, run, *tensors)
         # What is a list may be another one in the next call.
         fixed = segments is None or {type(segments), *map(type, segments)} == {tuple}
-        prepared.last = call if fixed and input.stride() == seen[1] else None
-        return call
+        repeatable = seen is not None and fixed and input.stride() == as_it_was
+        prepared.last = _Call(seen, segments, run, *tensors) if repeatable else None
+        record_work(self.operator.__name__, slim, input, weight)
+        return run(input, *tensors)
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops what was made from the weights so far."""

@@ -221,7 +221,7 @@ class CpuConv:
         out_channels: how many output channels there are.
     """
 
-    __slots__ = ("activation", "arguments", "folded", "form", "order", "pointwise", "unfolded")
+    __slots__ = ("activation", "arguments", "folded", "form", "onednn", "order", "pointwise", "unfolded")
 
     def __init__(
         self,
@@ -238,7 +238,8 @@ class CpuConv:
         self.arguments = _folded_arguments(form.fold, conv)
         rank = 2 + len(self.arguments[0])
         self.order = torch.contiguous_format if format == torch.contiguous_format else CHANNELS_LAST[rank]
-        # What follows the tensors in a call of oneDNN's.
+        # oneDNN's operator, and what follows the tensors in a call of it.
+        self.onednn = torch.ops.mkldnn._convolution_pointwise.default if form.kernel == "onednn" else None
         stride, padding, dilation, groups = self.arguments
         self.pointwise = (padding, stride, dilation, groups, *ONEDNN_ACTIVATIONS[conv.activation], "")
 
@@ -251,8 +252,8 @@ class CpuConv:
         """activation(conv(input) + bias), without recording for backward."""
         if self.folded is not None:
             input = input.as_strided(*self.folded)
-        if self.form.kernel == "onednn":
-            output = torch.ops.mkldnn._convolution_pointwise.default(input, weight, bias, *self.pointwise)
+        if self.onednn is not None:
+            output = self.onednn(input, weight, bias, *self.pointwise)
         elif self.form.kernel == "native":
             arguments = *self.arguments, self.activation
             if input.dim() == 4:
@@ -710,7 +711,8 @@ def _cpu_call(
 
 def cpu_settings() -> tuple[Any, ...]:
     """What `cpu_call` depends on besides its arguments and may change between calls."""
-    return backends.requested_backend(), torch.backends.mkldnn.enabled
+    # As an attribute of torch.backends it takes several Python calls.
+    return backends.requested_backend(), torch._C._get_mkldnn_enabled()
 
 
 def record_work(
