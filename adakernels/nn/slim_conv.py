@@ -33,17 +33,20 @@ __all__ = ["SlimConv2d", "SlimConv3d", "SlimLinear"]
 PREPARED = 2
 """How many widths a layer keeps prepared weights for."""
 
+CALLS = 4
+"""How many calls a layer knows again, such as those with other sizes of clips."""
+
 
 class _Call(NamedTuple):
     """A call with a prepared weight.
 
     Attributes:
-        seen, segments: what it follows from.
+        seen, segments: what it follows from besides the weights.
         run: the convolution.
         weight, bias: as prepared for that.
     """
 
-    seen: tuple[Any, ...] | None
+    seen: tuple[Any, ...]
     segments: Segments | None
     run: CpuConv
     weight: Tensor  # [out_channels, C/groups, ...]
@@ -51,12 +54,12 @@ class _Call(NamedTuple):
 
 
 class _Prepared:
-    """Weights prepared for some widths, and the last call with one of them."""
+    """Weights prepared for some widths, and the latest different calls with them."""
 
-    __slots__ = ("last", "widths")
+    __slots__ = ("calls", "widths")
 
     def __init__(self) -> None:
-        self.last: _Call | None = None
+        self.calls: tuple[_Call, ...] = ()
         self.widths: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
 
@@ -92,7 +95,7 @@ class _SlimConv(ConvNormAct):
         prepared, seen = self._prepared_for(input), None
         if prepared is not None:
             # All that a call follows from besides the weights. Caches are cold after a convolution, so that a
-            # call like the last one looks at little more than that it is.
+            # call like one before looks at little more than that it is.
             seen = (
                 input.shape,
                 input.stride(),
@@ -106,10 +109,10 @@ class _SlimConv(ConvNormAct):
                 self.activation,
                 cpu_settings(),
             )
-            call = prepared.last
-            # Equal segments may have other types in them.
-            if call is not None and call.segments is segments and call.seen == seen and not flops.counting:
-                return call.run(input, call.weight, call.bias)
+            for call in prepared.calls:
+                # Equal segments may have other types in them.
+                if call.segments is segments and call.seen == seen and not flops.counting:
+                    return call.run(input, call.weight, call.bias)
         facts(self.operator.__name__, "input", input)
         if out_channels is None and segments is None and self._is_plain(input):
             return self._plain_forward(input)
@@ -220,13 +223,15 @@ class _SlimConv(ConvNormAct):
                 tensors = prepare(run.form, *folded, slim, input.shape)
             widths = list(prepared.widths)
             for width in widths[: max(0, len(widths) + 1 - PREPARED)]:
-                prepared.widths.pop(width, None)
+                dropped = prepared.widths.pop(width, (None,))[0]
+                prepared.calls = tuple(call for call in prepared.calls if call.weight is not dropped)
             prepared.widths[key] = tensors
         segments = arguments[1]
         # What is a list may be another one in the next call.
         fixed = segments is None or {type(segments), *map(type, segments)} == {tuple}
-        repeatable = seen is not None and fixed and input.stride() == as_it_was
-        prepared.last = _Call(seen, segments, run, *tensors) if repeatable else None
+        if seen is not None and fixed and input.stride() == as_it_was:
+            call = _Call(seen, segments, run, *tensors)
+            prepared.calls = (call, *prepared.calls[: CALLS - 1])
         record_work(self.operator.__name__, slim, input, weight)
         return run(input, *tensors)
 

@@ -215,7 +215,27 @@ def test_a_width_is_prepared_once(clips: Tensor, monkeypatch: pytest.MonkeyPatch
     assert prepared == [WIDTH, 16, 4, WIDTH, 16]
 
 
-def test_a_call_like_the_last_one_follows_what_is_not_like_it(clips: Tensor) -> None:
+def test_calls_that_take_turns_are_each_validated_once(
+    clips: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = make().eval()
+    module = __import__("adakernels.nn.slim_conv", fromlist=["cpu_call"])
+    validated, cpu_call = [], module.cpu_call
+    monkeypatch.setattr(module, "cpu_call", lambda *args: validated.append(args[1]) or cpu_call(*args))
+    turns = [clips, clips.transpose(3, 4).contiguous(), clips[:1]]
+    with torch.no_grad():
+        for _ in range(3):
+            for input in turns:
+                check(conv, input)
+        assert [id(input) for input in validated] == [id(input) for input in turns]
+        for width in (16, 4):
+            conv(clips, out_channels=width, segments=SEGMENTS)
+    prepared = conv._prepared._entry[2]
+    kept = {id(weight) for weight, _ in prepared.widths.values()}
+    assert {id(call.weight) for call in prepared.calls} == kept and len(kept) == module.PREPARED
+
+
+def test_a_call_like_one_before_follows_what_is_not_like_it(clips: Tensor) -> None:
     conv = make().eval()
     segments = [[0, 8], [16, 24]]
     layouts = [clips, clips[:, :, :2], clips[..., 1:], clips.contiguous(), clips.transpose(3, 4), clips[:1]]
@@ -241,7 +261,7 @@ def test_a_call_like_the_last_one_follows_what_is_not_like_it(clips: Tensor) -> 
     "arguments",
     [{"out_channels": True}, {"out_channels": 1.0}, {"segments": ((False, 8), (16, 24))}],
 )
-def test_bad_arguments_that_equal_good_ones_of_the_last_call(
+def test_bad_arguments_that_equal_good_ones_of_a_call_before(
     arguments: dict[str, Any], clips: Tensor
 ) -> None:
     conv = make().eval()
