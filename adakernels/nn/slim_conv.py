@@ -174,8 +174,7 @@ class _SlimConv(ConvNormAct):
     ) -> _Prepared | None:
         """What is prepared of the weights as they are, in inference on the CPU; else None."""
         if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
+            torch.is_grad_enabled()
             or type(input) is not Tensor  # others have no memory to read, or behaviour of their own
             or not input.is_cpu
             or torch.is_autocast_enabled("cpu")
