@@ -33,13 +33,18 @@ library.define(
 )
 
 
+# Torch for other processors may be built without these operators.
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def onednn_enabled() -> bool:
+    """`torch.backends.mkldnn.enabled`, which as an attribute takes several Python calls."""
+    return torch._C._get_mkldnn_enabled()
+
+
 def has_onednn(dtype: torch.dtype) -> bool:
     """Whether torch has oneDNN's convolutions for such tensors and is to use them."""
-    backend = torch.backends.mkldnn
-    # Torch for other processors may be built without these operators.
-    if not (
-        backend.is_available() and backend.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    ):
+    if not (_AVAILABLE and onednn_enabled()):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -29,7 +29,7 @@ from adakernels.ops._conv_arguments import (
 )
 from adakernels.ops._layout import CHANNELS_LAST, dense, memory_format
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
-from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn
+from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn, onednn_enabled
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
 
@@ -711,8 +711,7 @@ def _cpu_call(
 
 def cpu_settings() -> tuple[Any, ...]:
     """What `cpu_call` depends on besides its arguments and may change between calls."""
-    # As an attribute of torch.backends it takes several Python calls.
-    return backends.requested_backend(), torch._C._get_mkldnn_enabled()
+    return backends.requested_backend(), onednn_enabled()
 
 
 def record_work(
