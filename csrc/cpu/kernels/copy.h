@@ -161,6 +161,19 @@ inline void copy_pair(float* even, float* odd, int64_t plane, int64_t pitch, con
   const float* source = data + plane_offset(planes, frame, route);
   const int64_t begin = std::max(left.begin, right.begin), end = std::max(begin, std::min(left.end, right.end));
   const float* even_end = even + plane;
+  // Short rows without edges take a vector each; the next row overwrites what is too much.
+  const int64_t last = left.y + (left.height - 1) * left.step_y;
+  if (left.width <= kLanes && left.height > 0 && begin == 0 && end == left.width && left.y >= 0 &&
+      last < planes.height && source - data + last * planes.row_stride + left.x + 2 * kLanes <= planes.extent &&
+      (left.height - 1) * pitch + kLanes <= plane) {
+    const float* from = source + left.y * planes.row_stride + left.x;
+    for (int64_t y = 0; y < left.height; ++y, from += left.step_y * planes.row_stride) {
+      const Vector<kLanes> low = load<kLanes>(from), high = load<kLanes>(from + kLanes);
+      store<kLanes>(even + y * pitch, every_second<kLanes, 0>(low, high));
+      store<kLanes>(odd + y * pitch, every_second<kLanes, 1>(low, high));
+    }
+    return;
+  }
   for (int64_t y = 0; y < left.height; ++y, even += pitch, odd += pitch) {
     const int64_t row = left.y + y * left.step_y;
     if (row < 0 || row >= planes.height) {

@@ -208,15 +208,21 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
     const Phase& phase = conv.phases[size_t(tap.phase)];
     const int64_t up = tap.shift_y - (window.y - phase.dy) / conv.step_y;
     const int64_t left = tap.shift_x - (window.x - phase.dx) / conv.step_x;
-    offsets[t] = up * grid_width + left;
-    lowest = std::min(lowest, offsets[t]);
-    highest = std::max(highest, offsets[t]);
+    const int64_t offset = up * grid_width + left;
+    offsets[t] = tap.phase * plane + offset;
+    lowest = std::min(lowest, offset);
+    highest = std::max(highest, offset);
     for (int64_t i = 0; i < masked; ++i) {
       const int64_t y = i / grid_width + up, x = i % grid_width + left;
       masks[t * masked + i] = i < point_count && y >= 0 && y < window.height && x >= 0 && x < window.end ? -1 : 0;
     }
   }
-  for (int64_t y = 0; y < grid_height; ++y) segments[y] = {y * grid_width, target_offset(conv, y, 0), grid_width};
+  // Rows that follow one another in the target are stored as one.
+  const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  const bool joined = hop == 1 && conv.target_step_y * conv.target.row_stride == grid_width;
+  const int64_t segment_count = joined ? 1 : grid_height;
+  for (int64_t y = 0; y < segment_count; ++y)
+    segments[y] = {y * grid_width, target_offset(conv, y, 0), joined ? point_count : grid_width};
   const bool in_place = phase_count == 1 && conv.step_y == 1 && conv.step_x == 1 && planes.scalar == Scalar::f32 &&
                         planes.column_stride == 1 && planes.row_stride == grid_width && conv.all_live_here;
   const int64_t first = windows[0].y * planes.row_stride + windows[0].x;
@@ -238,33 +244,38 @@ inline void convolve_gathered(const Convolution& conv, const Unit& unit, const T
       for (int64_t y = 0; y < conv.step_y * grid_height; ++y) ahead.fetch_next();
       const int64_t weight = live_weight(conv, live[i]) - live_weight(conv, unit.live[0]);
       for (int64_t t = 0; t < tap_count; ++t) {
-        const Tap& tap = conv.taps[size_t(t)];
         const int64_t k = i * tap_count + t;
-        const float* from = source + tap.phase * plane + offsets[t];
-        steps[k] = {int32_t(weight + tap.weight), int32_t(k * pitch)};
+        steps[k] = {int32_t(weight + conv.taps[size_t(t)].weight), int32_t(k * pitch)};
+        const float* from = source + offsets[t];
+        float* to = points + k * pitch;
         for (int64_t p = 0; p < pitch; p += kLanes) {
           Mask mask;
           std::memcpy(&mask, masks + t * masked + p, sizeof(mask));
-          store<kLanes>(points + k * pitch + p, Vector<kLanes>(Mask(load<kLanes>(from + p)) & mask));
+          store<kLanes>(to + p, Vector<kLanes>(Mask(load<kLanes>(from + p)) & mask));
         }
-        float* column = tails + (live_number(conv, live[i]) - live_number(conv, live[0])) * tap_count + t;
-        for (int64_t p = 0; p < tail; ++p) column[p * span] = masks[t * masked + pitch + p] ? from[whole + p] : 0.f;
       }
+      float* column = tails + (live_number(conv, live[i]) - live_number(conv, live[0])) * tap_count;
+      for (int64_t p = 0; p < tail; ++p, column += span)
+        for (int64_t t = 0; t < tap_count; ++t)
+          column[t] = masks[t * masked + pitch + p] ? source[offsets[t] + whole + p] : 0.f;
     }
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
       const RowGroup group(conv, unit, first, count);
       const float* start = begin == 0 ? group.start : nullptr;
       float* to = out + (first - tile.row_begin) * masked;
-      multiply<0, false>({group.rows, steps, step_count, points, start}, count, whole, to, masked,
-                             [](int64_t, int64_t) {});
-      if (tail > 0) dot({group.rows, steps, span, tails, start}, count, tail, to + whole, masked);
+      Product product = {group.rows, steps, step_count, points, start};
+      if (begin + chunk >= unit.live_count) product.floor = group.floor;
+      multiply<0, false>(product, count, whole, to, masked, [](int64_t, int64_t) {});
+      if (tail == 0) return;
+      product.step_count = span;
+      product.source = tails;
+      dot(product, count, tail, to + whole, masked);
     });
   }
-  const int64_t hop = conv.target_step_x * conv.target.column_stride;
   for (int64_t r = tile.row_begin; r < row_end; ++r, out += masked) {
-    if (conv.accumulates) add_target(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
-    activate(conv.activation, out, point_count);
-    store_route(conv.target, hop, unit.frame, unit.rows[r], out, segments, grid_height);
+    if (conv.accumulates) add_target(conv.target, hop, unit.frame, unit.rows[r], out, segments, segment_count);
+    if (conv.accumulates || conv.activation != Activation::relu) activate(conv.activation, out, point_count);
+    store_route(conv.target, hop, unit.frame, unit.rows[r], out, segments, segment_count);
   }
 }
 
@@ -329,7 +340,8 @@ void convolve_direct(const Convolution& conv, const Unit* units, int64_t unit_co
     const Unit& unit = units[u];
     const int64_t live_count = tap_count == 0 ? 0 : unit.live_count, step_count = live_count * tap_count;
     for (int64_t i = 0; i < live_count; ++i)
-      copy_phases(source + i * channel, plane, pitch, conv.source, unit.source_frame, unit.live[i], windows, phase_count);
+      copy_phases(source + i * channel, plane, pitch, conv.source, unit.source_frame, unit.live[i], windows,
+                  phase_count);
     // Register tiles read past the last point: those lanes are dropped, but must be readable.
     for (int64_t i = 0; i < kTilePixels; ++i) source[live_count * channel + i] = 0;
     // Units with one live channel all have the same steps, because weights count from the first live channel.
