@@ -326,6 +326,10 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
   const int64_t begin = std::clamp<int64_t>(-window.y, 0, height);
   const int64_t end = std::clamp<int64_t>(planes.height - window.y, begin, height);
   const bool in_place = planes.scalar == Scalar::f32 && planes.column_stride == 1 && begin < end;
+  const int64_t span = live_span(conv, unit.live, unit.live_count);
+  float* const tails = points + blocks.tails(unit);
+  for (int64_t point = 0; point < size * size && span > unit.live_count; ++point)
+    std::fill_n(tails + point * slice, blocks.tail * span, 0.f);
   for (int64_t i = 0; i < unit.live_count; ++i) {
     const Route& route = unit.live[i];
     const int64_t offset = plane_offset(planes, unit.source_frame + !route.here, route) +
@@ -337,17 +341,13 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
       copy_route(copy, width, planes, unit.source_frame, route, window);
       rows = {copy, 0, width, 0, height, zeros};
     }
-    transform(rows, masks, blocks.rows, blocks.columns, points + i * blocks.count, slice,
-              rows_ahead(planes, unit, i, window));
+    float* const to = points + i * blocks.count;
+    transform(rows, masks, blocks.rows, blocks.columns, to, slice, rows_ahead(planes, unit, i, window));
+    const int64_t number = live_number(conv, route) - live_number(conv, unit.live[0]);
+    for (int64_t t = 0; t < blocks.tail; ++t)
+      for (int64_t point = 0; point < size * size; ++point)
+        tails[point * slice + t * span + number] = to[point * slice + blocks.count - blocks.tail + t];
   }
-  const int64_t span = live_span(conv, unit.live, unit.live_count);
-  for (int point = 0; point < Method::size * Method::size; ++point, points += slice)
-    for (int64_t t = 0; t < blocks.tail; ++t) {
-      float* tail = points + blocks.tails(unit) + t * span;
-      std::fill_n(tail, span, 0.f);
-      for (int64_t i = 0; i < unit.live_count; ++i)
-        tail[live_number(conv, unit.live[i]) - live_number(conv, unit.live[0])] = points[(i + 1) * blocks.count - blocks.tail + t];
-    }
 }
 
 // Multiplies and stores the rows of a tile. Sum by sum, so that what one of them reads stays close for all rows.
@@ -355,21 +355,22 @@ template <typename Method>
 inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile& tile, const float* points,
                           Scratch& scratch) {
   constexpr int size = Method::size, sums = Method::sums;
+  constexpr int64_t kFinished = 4;  // rows at a time: what was stored just before is slow to load at other offsets
   const Blocks blocks(tile);
   const int64_t slice = blocks.slice(conv, unit), row_count = tile.row_end - tile.row_begin;
   Layout layout;
   const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
-  const int64_t outputs_at = layout.add<float>(4 * blocks.room);
+  const int64_t outputs_at = layout.add<float>(kFinished * 4 * blocks.room);
   const int64_t steps_at = layout.add<Step>(unit.live_count);
   const int64_t segments_at = layout.add<Segment>(2 * blocks.rows);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   float* products = reinterpret_cast<float*>(memory + products_at);
-  float* upper = reinterpret_cast<float*>(memory + outputs_at);
-  float* lower = upper + 2 * blocks.room;
+  float* outputs = reinterpret_cast<float*>(memory + outputs_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
 
-  for (int64_t i = 0; i < unit.live_count; ++i) steps[i] = {int32_t(live_number(conv, unit.live[i])), int32_t(i * blocks.count)};
+  for (int64_t i = 0; i < unit.live_count; ++i)
+    steps[i] = {int32_t(live_number(conv, unit.live[i])), int32_t(i * blocks.count)};
   int64_t segment_count[2] = {0, 0};
   for (int64_t y = 0; y < blocks.rows; ++y)
     for (int64_t half = 0; half < 2; ++half) {
@@ -405,19 +406,24 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
   const Activation activation = conv.accumulates ? Activation::none : conv.activation;
-  for (int64_t r = 0; r < row_count; ++r) {
-    const Route& route = unit.rows[tile.row_begin + r];
-    transform_back<Method>(products + r * row_room, blocks.room, blocks.count,
-                           conv.bias ? conv.bias[route.channel] : 0.f, activation, upper, lower);
-    for (int half = 0; half < 2 && segment_count[half] > 0; ++half) {
-      float* row = half == 0 ? upper : lower;
-      const Segment* list = segments + half * blocks.rows;
-      if (conv.accumulates) {
-        add_target(conv.target, hop, unit.frame, route, row, list, segment_count[half]);
-        activate(conv.activation, row, 2 * blocks.count);
+  for (int64_t first = 0; first < row_count; first += kFinished) {
+    const int64_t end = std::min(first + kFinished, row_count);
+    float* output = outputs;
+    for (int64_t r = first; r < end; ++r, output += 4 * blocks.room)
+      transform_back<Method>(products + r * row_room, blocks.room, blocks.count,
+                             conv.bias ? conv.bias[unit.rows[tile.row_begin + r].channel] : 0.f, activation, output,
+                             output + 2 * blocks.room);
+    output = outputs;
+    for (int64_t r = first; r < end; ++r)
+      for (int half = 0; half < 2; ++half, output += 2 * blocks.room) {
+        const Route& route = unit.rows[tile.row_begin + r];
+        const Segment* list = segments + half * blocks.rows;
+        if (conv.accumulates) {
+          add_target(conv.target, hop, unit.frame, route, output, list, segment_count[half]);
+          activate(conv.activation, output, 2 * blocks.count);
+        }
+        store_route(conv.target, hop, unit.frame, route, output, list, segment_count[half]);
       }
-      store_route(conv.target, hop, unit.frame, route, row, list, segment_count[half]);
-    }
   }
 }
 
