@@ -92,10 +92,10 @@ constexpr int64_t kMadePerTask = 64 * 1024;  // elements
 // What holds frames on their way to another format: little next to the output, and enough for the threads to share.
 constexpr int64_t kBufferBytes = 2 << 20, kBufferShare = 16;
 
-// Finishes a group of a clip's frames, for some classes of channels.
+// Finishes some groups of a clip's frames, for some classes of channels.
 struct ReconstructionTask {
   const Reconstruction* what;
-  int64_t first_frame, class_begin, class_end;
+  int64_t frame_begin, frame_end, class_begin, class_end;
 };
 
 void reconstruct_all(const std::vector<Part>& clips) {
@@ -103,18 +103,22 @@ void reconstruct_all(const std::vector<Part>& clips) {
   double work = 0;
   for (const Part& clip : clips) {
     const Reconstruction& what = clip.what;
-    const int64_t group = what.frame_group(), classes = what.channel_classes();
-    const int64_t per_class = what.channels / classes * group * what.height * what.width;
-    const int64_t parts = std::clamp<int64_t>(classes * per_class / kMadePerTask, 1, classes);
-    for (int64_t t = 0; t < what.frames; t += group)
-      for (int64_t p = 0; p < parts; ++p)
-        tasks.push_back({&what, t, classes * p / parts, classes * (p + 1) / parts});
+    // All frames of a channel, which are neighbours in memory, as far as that leaves parts that are small enough.
+    const int64_t group = what.frame_group(), groups = ceil_div(what.frames, group), classes = what.channel_classes();
+    const int64_t parts = std::max<int64_t>(1, what.channels * what.frames * what.height * what.width / kMadePerTask);
+    const int64_t class_parts = std::min(parts, classes);
+    const int64_t frame_parts = std::clamp<int64_t>(parts / class_parts, 1, groups);
+    for (int64_t c = 0; c < class_parts; ++c)
+      for (int64_t f = 0; f < frame_parts; ++f)
+        tasks.push_back({&what, groups * f / frame_parts * group,
+                         std::min(groups * (f + 1) / frame_parts * group, what.frames), classes * c / class_parts,
+                         classes * (c + 1) / class_parts});
     work += double(what.channels * what.frames * what.height * what.width * what.kernel * what.kernel);
   }
   const Kernels& kernels = best_kernels();
   run_tasks(int64_t(tasks.size()), work, [&](int64_t i, Scratch& scratch) {
     const ReconstructionTask& task = tasks[size_t(i)];
-    kernels.reconstruct(*task.what, task.first_frame, task.class_begin, task.class_end, scratch);
+    kernels.reconstruct(*task.what, task.frame_begin, task.frame_end, task.class_begin, task.class_end, scratch);
   });
 }
 

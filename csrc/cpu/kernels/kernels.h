@@ -68,8 +68,9 @@ struct Kernels {
   void (*differentiate_patch)(const PatchRows&, const void* gradient, double* sums, Scratch&);
   // Rows of a frame's gradient from those of the patches that cover it.
   void (*spread_patches)(const FrameRows&, const PatchGradient*, int64_t patch_count, Scratch&);
-  // Finishes the group of frames that begins at `first_frame`, for some classes of channels.
-  void (*reconstruct)(const Reconstruction&, int64_t first_frame, int64_t class_begin, int64_t class_end, Scratch&);
+  // Finishes some groups of frames, for some classes of channels.
+  void (*reconstruct)(const Reconstruction&, int64_t frame_begin, int64_t frame_end, int64_t class_begin,
+                      int64_t class_end, Scratch&);
 };
 
 namespace portable {

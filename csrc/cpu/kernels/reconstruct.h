@@ -1,189 +1,280 @@
 // Makes the frames and channels that were not computed: sums of planes filtered by small kernels. Planes to be filtered
-// are copied into buffers where zeros lie around them, so that a tap of a whole plane is one run of multiply-adds.
+// are copied to where zeros lie before and after them, so that a tap of a plane is the plane itself from some offset on.
+// What a row's first and last pixel then meet of the neighbouring rows is masked.
 #pragma once
 
 #include <algorithm>
 
+#include "../../common/layout.h"
 #include "../reconstruct.h"
 #include "activation.h"
+#include "direct.h"
 #include "kernels.h"
+#include "lanes.h"
 
 namespace adakernels {
 namespace {
 
 constexpr int kSumVectors = 4;
-constexpr int64_t kStripValues = 512;
+// Guarded planes that a channel's frames take at once: the first-level cache holds them next to what is written.
+constexpr int64_t kGuardedBytes = 24 * 1024;
 
-// A run of values and what they are multiplied by.
-struct WeightedRun {
-  const float* source;
-  float weight;
-};
+using PlaneMask = VectorOf<kLanes>::integer;
 
-// out[i] = activation(sum over runs of weight * source[i])
-template <int count>
-inline void sum_vectors(const WeightedRun* runs, int64_t run_count, int64_t at, Activation activation, float* out) {
-  using V = Vector<kLanes>;
-  V sum[count] = {};
-  for (const WeightedRun *run = runs, *end = runs + run_count; run != end; ++run) {
-    const V weight = broadcast<kLanes>(run->weight);
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) sum[i] += weight * load<kLanes>(run->source + at + i * kLanes);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) store<kLanes>(out + i * kLanes, activate<kLanes>(activation, sum[i]));
+inline Vector<kLanes> masked(Vector<kLanes> v, PlaneMask mask) { return Vector<kLanes>(PlaneMask(v) & mask); }
+
+inline PlaneMask load_mask(const int32_t* mask) {
+  PlaneMask v;
+  std::memcpy(&v, mask, sizeof(v));
+  return v;
 }
 
-// Planes with zeros around them: a row is followed by one, which serves the next row too.
-struct PaddedPlane {
-  int64_t height, width, pitch, size;
+// Planes of one size. Guarded ones lie `pitch` values apart, in whole vectors of which the last ends in zeros, and
+// between zeros.
+struct PlaneShape {
+  int64_t width, size, kernel, guard, pitch;
+  const int32_t *inner_left, *inner_right;  // at pixel x of a row: whether it has a left, a right neighbour
 
-  PaddedPlane(int64_t height, int64_t width, int64_t kernel)
-      : height(height),
-        width(width),
-        pitch(width + kernel / 2),
-        size((height + 2 * (kernel / 2)) * pitch + kernel / 2 + (kSumVectors + 1) * kLanes) {}
+  PlaneShape(const Reconstruction& what)
+      : width(what.width),
+        size(what.height * what.width),
+        kernel(what.kernel),
+        guard(kernel == 1 ? 0 : whole_vectors(width + 1)),
+        pitch(whole_vectors(size) + guard) {}
 
-  // From the buffer's begin to the first pixel.
-  int64_t origin(int64_t kernel) const { return kernel / 2 * (pitch + 1); }
+  static int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+  int64_t mask_size() const { return width + kLanes; }
+
+  // masks: [2][mask_size]
+  void fill_masks(int32_t* masks) {
+    for (int64_t i = 0; i < mask_size(); ++i) {
+      masks[i] = i % width == 0 ? 0 : -1;
+      masks[mask_size() + i] = i % width == width - 1 ? 0 : -1;
+    }
+    inner_left = masks;
+    inner_right = masks + mask_size();
+  }
 };
 
-// The sum of filtered planes, as terms of one run.
-class FilterSum {
+// The activation of a sum of planes, some of them filtered.
+class PlaneSum {
  public:
-  void clear() { count_ = 0; }
+  explicit PlaneSum(const PlaneShape& shape) : shape_(shape) {}
 
-  // plane: its first pixel; kernel: [size, size]
-  void add(const float* plane, int64_t pitch, const float* kernel, int64_t size) {
-    const int64_t half = size / 2;
-    for (int64_t y = 0; y < size; ++y)
-      for (int64_t x = 0; x < size; ++x) terms_[count_++] = {plane + (y - half) * pitch + x - half, kernel[y * size + x]};
-  }
-  void add(const float* plane, float weight) { terms_[count_++] = {plane, weight}; }
+  void clear() { filtered_count_ = weighted_count_ = 0; }
 
-  // Rows of `target` = activation(sum of all terms). Meanwhile fetches as many values from `next` on, to be written.
-  void store_to(float* target, int64_t target_pitch, const PaddedPlane& plane, Activation activation,
-                const float* next = nullptr) const {
-    const int64_t pitch = plane.pitch, width = plane.width;
-    const auto fetch = [&](int64_t begin, int64_t end) {
-      if (next == nullptr) return;
-      for (int64_t i = begin * width; i < end * width; i += 16) __builtin_prefetch(next + i, 1, 2);
-    };
-    if (width % kLanes == 0) {
-      for (int64_t y = 0; y < plane.height; ++y) {
-        fetch(y, y + 1);
-        sum(y * pitch, width, activation, target + y * target_pitch);
-      }
+  // plane: guarded; kernel: of the shape's size
+  void add_filtered(const float* plane, const float* kernel, float weight = 1) {
+    if (shape_.kernel == 1) {
+      add(plane, weight * kernel[0]);
       return;
     }
-    alignas(64) float strip[kStripValues + kSumVectors * kLanes];
-    if (pitch > kStripValues) {
-      for (int64_t y = 0; y < plane.height; ++y)
-        for (int64_t x = 0; x < width; x += kStripValues) {
-          const int64_t count = std::min(kStripValues, width - x);
-          sum(y * pitch + x, count, activation, strip);
-          copy_row(target + y * target_pitch + x, strip, count);
-        }
-      return;
-    }
-    const int64_t rows = kStripValues / pitch;
-    for (int64_t y = 0; y < plane.height; y += rows) {
-      const int64_t end = std::min(y + rows, plane.height);
-      fetch(y, end);
-      sum(y * pitch, (end - y) * pitch, activation, strip);
-      for (int64_t i = y; i < end; ++i) copy_row(target + i * target_pitch, strip + (i - y) * pitch, width);
-    }
+    Filtered& filtered = filtered_[filtered_count_++];
+    filtered.pixels = plane;
+    for (int i = 0; i < 9; ++i) filtered.kernel[i] = weight * kernel[i];
   }
+  void add(const float* plane, float weight) { weighted_[weighted_count_++] = {plane, weight}; }
+
+  // Overwrites the plane `to`, which may be one of those that are added unfiltered.
+  void store_guarded(float* to) const { store_to<true>(to, Activation::none); }
+  void store_dense(float* to, Activation activation) const { store_to<false>(to, activation); }
 
  private:
-  // Writes up to a vector more than `count` values, unless that is a multiple of a vector.
-  void sum(int64_t at, int64_t count, Activation activation, float* out) const {
-    int64_t i = 0;
-    for (; i + (kSumVectors - 1) * kLanes < count; i += kSumVectors * kLanes)
-      sum_vectors<kSumVectors>(terms_, count_, at + i, activation, out + i);
-    for (; i < count; i += kLanes) sum_vectors<1>(terms_, count_, at + i, activation, out + i);
+  struct Filtered {
+    const float* pixels;
+    float kernel[9];
+  };
+  struct Weighted {
+    const float* pixels;
+    float weight;
+  };
+
+  template <bool guarded>
+  void store_to(float* to, Activation activation) const {
+    const int64_t width = shape_.width, size = shape_.size;
+    if (width % kLanes == 0) {
+      const int64_t height = size / width;
+      int64_t y = 0;
+      for (; y + kSumVectors <= height; y += kSumVectors)
+        for (int64_t x = 0; x < width; x += kLanes) store_rows<kSumVectors>(y * width + x, x, to, activation);
+      for (; y < height; ++y)
+        for (int64_t x = 0; x < width; x += kLanes) store_rows<1>(y * width + x, x, to, activation);
+      return;
+    }
+    const int64_t whole = size / kLanes * kLanes, step = kLanes % width;
+    int64_t at = 0, x = 0;
+    const auto run = [&]<int count>(std::integral_constant<int, count>) {
+      Vector<kLanes> sum[count] = {};
+      for (const Filtered* f = filtered_; f != filtered_ + filtered_count_; ++f) add_vectors<count>(*f, at, x, sum);
+      for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i) sum[i] += w->weight * load<kLanes>(w->pixels + at + i * kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) store<kLanes>(to + at + i * kLanes, activate<kLanes>(activation, sum[i]));
+      for (int i = 0; i < count; ++i) x = x + step < width ? x + step : x + step - width;
+      at += count * kLanes;
+    };
+    while (at + kSumVectors * kLanes <= whole) run(std::integral_constant<int, kSumVectors>());
+    while (at < whole) run(std::integral_constant<int, 1>());
+    if (whole == size) return;
+    Vector<kLanes> rest[1] = {};
+    for (const Filtered* f = filtered_; f != filtered_ + filtered_count_; ++f) add_vectors<1>(*f, at, x, rest);
+    for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
+      for (int64_t i = 0; i < size - whole; ++i) rest[0][i] += w->weight * w->pixels[whole + i];
+    rest[0] = activate<kLanes>(activation, rest[0]);
+    for (int64_t i = 0; i < (guarded ? kLanes : size - whole); ++i) to[whole + i] = i < size - whole ? rest[0][i] : 0.f;
   }
 
-  static void copy_row(float* to, const float* from, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store<kLanes>(to + i, load<kLanes>(from + i));
-    for (; i < count; ++i) to[i] = from[i];
+  // Neighbouring vectors of a filtered plane, the first one at pixel x of a row.
+  template <int count>
+  void add_vectors(const Filtered& filtered, int64_t at, int64_t x, Vector<kLanes>* sum) const {
+    using V = Vector<kLanes>;
+    const int64_t width = shape_.width, step = kLanes % width;
+    V left[count] = {}, right[count] = {};
+#pragma GCC unroll 3
+    for (int64_t y = 0; y < 3; ++y) {
+      const float* row = filtered.pixels + at + (y - 1) * width;
+      const float* kernel = filtered.kernel + y * 3;
+      const V a = broadcast<kLanes>(kernel[0]), b = broadcast<kLanes>(kernel[1]), c = broadcast<kLanes>(kernel[2]);
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) {
+        left[i] += a * load<kLanes>(row + i * kLanes - 1);
+        sum[i] += b * load<kLanes>(row + i * kLanes);
+        right[i] += c * load<kLanes>(row + i * kLanes + 1);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      sum[i] += masked(left[i], load_mask(shape_.inner_left + x)) + masked(right[i], load_mask(shape_.inner_right + x));
+      x = x + step < width ? x + step : x + step - width;
+    }
   }
 
-  WeightedRun terms_[kLevels * 9 + 1];
-  int64_t count_ = 0;
+  // A vector of each of `count` rows, whose taps share what is loaded.
+  template <int count>
+  void store_rows(int64_t at, int64_t x, float* to, Activation activation) const {
+    using V = Vector<kLanes>;
+    const int64_t width = shape_.width;
+    const PlaneMask inner_left = load_mask(shape_.inner_left + x), inner_right = load_mask(shape_.inner_right + x);
+    V sum[count] = {};
+    for (const Filtered* f = filtered_; f != filtered_ + filtered_count_; ++f) {
+      V kernel[9];
+#pragma GCC unroll 9
+      for (int i = 0; i < 9; ++i) kernel[i] = broadcast<kLanes>(f->kernel[i]);
+      const float* row = f->pixels + at - width;
+#pragma GCC unroll 6
+      for (int r = 0; r < count + 2; ++r, row += width) {
+        const V left = masked(load<kLanes>(row - 1), inner_left), here = load<kLanes>(row);
+        const V right = masked(load<kLanes>(row + 1), inner_right);
+#pragma GCC unroll 3
+        for (int y = 0; y < 3; ++y) {
+          const int i = r - y;
+          if (i < 0 || i >= count) continue;
+          sum[i] += kernel[y * 3] * left;
+          sum[i] += kernel[y * 3 + 1] * here;
+          sum[i] += kernel[y * 3 + 2] * right;
+        }
+      }
+    }
+    for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) sum[i] += w->weight * load<kLanes>(w->pixels + at + i * width);
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) store<kLanes>(to + at + i * width, activate<kLanes>(activation, sum[i]));
+  }
+
+  const PlaneShape& shape_;
+  Filtered filtered_[kLevels];
+  Weighted weighted_[kLevels];
+  int filtered_count_ = 0, weighted_count_ = 0;
 };
 
-// Rows of a padded plane = weight * a dense one, or that added to what is there.
-template <bool add>
-inline void copy_plane(float* to, const PaddedPlane& plane, const float* from, float weight) {
-  for (int64_t y = 0; y < plane.height; ++y, to += plane.pitch, from += plane.width) {
-    int64_t x = 0;
-    for (; x + kLanes <= plane.width; x += kLanes) {
-      const auto v = weight * load<kLanes>(from + x);
-      store<kLanes>(to + x, add ? load<kLanes>(to + x) + v : v);
-    }
-    for (; x < plane.width; ++x) to[x] = (add ? to[x] : 0.f) + weight * from[x];
-  }
-}
-
-// The planes of one channel in the frames of one group: what the channel levels make of the computed ones, and what
-// the temporal levels make of that.
+// The planes of one channel in some frames: what the channel levels make of the computed ones, and what the temporal
+// levels make of that.
 class ChannelMaker {
  public:
-  ChannelMaker(const Reconstruction& what, int64_t first_frame, Scratch& scratch)
+  ChannelMaker(const Reconstruction& what, Scratch& scratch)
       : what_(what),
-        plane_(what.height, what.width, what.kernel),
-        first_(first_frame),
-        end_(std::min(first_frame + what.frame_group(), what.frames)),
-        step_(what.frame_step()) {
-    const int64_t bytes = (1 + (end_ - first_ + step_ - 1) / step_) * plane_.size * 4;
-    float* memory = static_cast<float*>(scratch.reserve(bytes));
-    std::memset(memory, 0, size_t(bytes));
-    mixed_ = memory + plane_.origin(what.kernel);
-    made_ = mixed_ + plane_.size;
+        shape_(what),
+        sum_(shape_),
+        step_(what.frame_step()),
+        group_(what.frame_group()),
+        frames_(std::max<int64_t>(1, kGuardedBytes / 4 / shape_.pitch * step_ / group_) * group_) {
+    const int64_t planes = ceil_div(std::min(what.frames, frames_), step_);
+    Layout layout;
+    const int64_t masks_at = layout.add<int32_t>(2 * shape_.mask_size());
+    const int64_t mixed_at = layout.add<float>(shape_.guard + planes * shape_.pitch);
+    const int64_t made_at = layout.add<float>(shape_.guard + planes * shape_.pitch);
+    char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+    shape_.fill_masks(reinterpret_cast<int32_t*>(memory + masks_at));
+    mixed_ = reinterpret_cast<float*>(memory + mixed_at) + shape_.guard;
+    made_ = reinterpret_cast<float*>(memory + made_at) + shape_.guard;
+    for (float* plane : {mixed_, made_})
+      for (int64_t i = 0; i <= planes; ++i, plane += shape_.pitch)
+        std::fill(plane - shape_.guard, plane, 0.f);
   }
 
-  void make(int64_t channel) {
-    for (int64_t t = first_; t < end_; t += step_) make_channel(channel, t);
-    for (int64_t t = first_; t < end_; ++t) make_frame(channel, t);
+  void make(int64_t channel, int64_t frame_begin, int64_t frame_end) {
+    for (first_ = frame_begin; first_ < frame_end; first_ += frames_) {
+      const int64_t end = std::min(frame_end, first_ + frames_);
+      mix(channel, end);
+      // Where frames make no others, a channel's go to the output at once.
+      for (int64_t t = first_; t < end; t += step_) make_channel(channel, t);
+      if (group_ == 1) continue;
+      for (int64_t t = first_; t < end; ++t) make_frame(channel, t);
+    }
   }
 
  private:
   float* dense(int64_t channel, int64_t frame) const {
     return what_.planes + channel * what_.channel_stride + frame * what_.frame_stride;
   }
-  float* made(int64_t frame) const { return made_ + (frame - first_) / step_ * plane_.size; }
+  int64_t guarded(int64_t frame) const { return (frame - first_) / step_ * shape_.pitch; }
 
-  void make_channel(int64_t channel, int64_t frame) {
-    float here = 0;
-    bool mixes = false;
+  // The sum of the planes that a channel is made from, by the weights of the levels.
+  void mix(int64_t channel, int64_t end) {
+    float weights[kLevels];
+    int64_t sources[kLevels];
+    own_ = 0;
+    source_count_ = 0;
     for (int level = 0; level < kLevels; ++level) {
       const float weight = what_.channel[level];
       const int64_t computed = computed_channels(what_.channels, level);
       if (weight == 0) continue;
       if (channel < computed) {
-        here += weight;
+        own_ += weight;
       } else {
-        (mixes ? copy_plane<true> : copy_plane<false>)(mixed_, plane_, dense(channel % computed, frame), weight);
-        mixes = true;
+        weights[source_count_] = weight;
+        sources[source_count_++] = channel % computed;
       }
     }
-    float* to = made(frame);
-    if (here != 0) copy_plane<false>(to, plane_, dense(channel, frame), here);
-    if (!mixes) return;
-    terms_.clear();
-    const int64_t size = what_.kernel;
-    terms_.add(mixed_, plane_.pitch, what_.channel_weight + channel * size * size, size);
-    if (here != 0) terms_.add(to, 1.f);
-    terms_.store_to(to, plane_.pitch, plane_, Activation::none);
+    if (source_count_ == 0) return;
+    for (int64_t t = first_; t < end; t += step_) {
+      sum_.clear();
+      for (int i = 0; i < source_count_; ++i) sum_.add(dense(sources[i], t), weights[i]);
+      sum_.store_guarded(mixed_ + guarded(t));
+    }
+  }
+
+  void make_channel(int64_t channel, int64_t frame) {
+    const float scale = group_ == 1 ? what_.temporal[0] : 1.f;
+    float* const own = dense(channel, frame);
+    if (group_ == 1 && source_count_ == 0 && own_ * scale == 1 && what_.activation == Activation::none) return;
+    sum_.clear();
+    if (source_count_ > 0)
+      sum_.add_filtered(mixed_ + guarded(frame), what_.channel_weight + channel * what_.kernel * what_.kernel, scale);
+    if (own_ != 0) sum_.add(own, own_ * scale);
+    if (group_ == 1)
+      sum_.store_dense(own, what_.activation);
+    else
+      sum_.store_guarded(made_ + guarded(frame));
   }
 
   void make_frame(int64_t channel, int64_t frame) {
-    const int64_t size = what_.kernel;
-    terms_.clear();
+    const int64_t taps = what_.kernel * what_.kernel;
+    sum_.clear();
     // Levels that make this frame from the same one share a kernel.
-    for (int64_t source = frame; source >= first_; --source) {
+    for (int64_t source = frame; source >= frame / group_ * group_; --source) {
       float kernel[9] = {}, here = 0;
       bool filters = false;
       for (int level = 0; level < kLevels; ++level) {
@@ -194,36 +285,39 @@ class ChannelMaker {
           here += weight;
           continue;
         }
-        const float* made = what_.temporal_weight + ((after - 1) * what_.channels + channel) * size * size;
-        for (int64_t i = 0; i < size * size; ++i) kernel[i] += weight * made[i];
+        const float* made = what_.temporal_weight + ((after - 1) * what_.channels + channel) * taps;
+        for (int64_t i = 0; i < taps; ++i) kernel[i] += weight * made[i];
         filters = true;
       }
       if (filters)
-        terms_.add(made(source), plane_.pitch, kernel, size);
+        sum_.add_filtered(made_ + guarded(source), kernel);
       else if (here != 0)
-        terms_.add(made(source), here);
+        sum_.add(made_ + guarded(source), here);
     }
-    const float* next = frame + 1 < end_ ? dense(channel, frame + 1) : nullptr;
-    terms_.store_to(dense(channel, frame), what_.width, plane_, what_.activation, next);
+    sum_.store_dense(dense(channel, frame), what_.activation);
   }
 
   const Reconstruction& what_;
-  PaddedPlane plane_;
-  int64_t first_, end_, step_;
-  float* mixed_;  // the planes that a channel is made from
+  PlaneShape shape_;
+  PlaneSum sum_;
+  int64_t step_, group_;
+  int64_t frames_;  // made at once, from `first_` on
+  int64_t first_ = 0;
+  float* mixed_;  // the planes that a channel is made from, in every computed frame
   float* made_;   // the channel in every computed frame
-  FilterSum terms_;
+  float own_ = 0;  // the weight of the channel's own computed planes
+  int source_count_ = 0;
 };
 
-// The channels of some classes in the group of frames that begins at `first_frame`.
-void reconstruct(const Reconstruction& what, int64_t first_frame, int64_t class_begin, int64_t class_end,
-                 Scratch& scratch) {
-  ChannelMaker maker(what, first_frame, scratch);
+// The channels of some classes in frames that make up whole groups.
+void reconstruct(const Reconstruction& what, int64_t frame_begin, int64_t frame_end, int64_t class_begin,
+                 int64_t class_end, Scratch& scratch) {
+  ChannelMaker maker(what, scratch);
   const int64_t classes = what.channel_classes();
   // From the last channel down, since it is made from those before it, and they are overwritten in the end.
   for (int64_t one = class_begin; one < class_end; ++one)
     for (int64_t channel = one + (what.channels - 1 - one) / classes * classes; channel >= one; channel -= classes)
-      maker.make(channel);
+      maker.make(channel, frame_begin, frame_end);
 }
 
 }  // namespace
