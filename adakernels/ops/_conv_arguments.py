@@ -232,6 +232,9 @@ def before_activation(
 
 def autocast(device: torch.device, *arguments: Any) -> tuple[Any, ...]:
     """The arguments in autocast's dtype, where that is on, as it does for torch's convolutions."""
+    # One question about all devices answers most calls.
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return arguments
     kind = device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return arguments

@@ -19,6 +19,8 @@ def memory_format(input: Tensor) -> torch.memory_format:
 
 def dense(input: Tensor, like: Tensor | None = None) -> Tensor:
     """The tensor itself if it is in the memory format of `like` (by default its own), else a copy that is."""
+    if like is None and input.is_contiguous():
+        return input
     return input.contiguous(memory_format=memory_format(input if like is None else like))
 
 

@@ -548,22 +548,25 @@ def dynamic_conv3d(
             activation=ACTIVATIONS[conv.activation],
         )
         return dense(output, like=input)
-    temporal_gate, channel_gate = (
-        None if gate is None else gate.to(torch.float32).contiguous()
-        for gate in (temporal_gate, channel_gate)
-    )
     return call(
         torch.ops.adakernels.dynamic_conv3d.default,
         dense(input),
         weight,
         bias,
-        temporal_gate,
-        channel_gate,
+        _plain(temporal_gate),
+        _plain(channel_gate),
         temporal_weight,
         channel_weight,
         *conv[:4],
         conv.activation,
     )
+
+
+def _plain(gate: Tensor | None) -> Tensor | None:  # [B, S]
+    """A gate as the kernels take it, float32 and contiguous."""
+    if gate is None or (gate.dtype is torch.float32 and gate.is_contiguous()):
+        return gate
+    return gate.to(torch.float32).contiguous()
 
 
 @backends.explains(dynamic_conv3d)
