@@ -1,6 +1,7 @@
 // The depthwise convolution: every row reads one live channel. A vector holds one pixel of kLanes planes, so that a tap
 // of a pixel is one aligned multiply-add, whatever the list of channels, the size of the plane and the stride. The two
-// memory formats differ in how pixels get into such vectors and out of them again.
+// memory formats differ in how pixels get into such vectors and out of them again. Planes whose rows fill vectors need
+// not be rearranged for a 3x3 kernel: they are summed as they lie.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include "gemm_tile.h"
 #include "kernels.h"
 #include "lanes.h"
+#include "plane_sum.h"
 
 namespace adakernels {
 namespace {
@@ -251,22 +253,79 @@ struct LiveChannels {
   bool operator[](int64_t channel) const { return marks == nullptr || marks[channel]; }
 };
 
+// How many source channels there are up to the last one that the rows of these units read.
+inline int64_t most_channels(const Convolution& conv, const Unit* units, int64_t unit_count) {
+  int64_t most = 0;
+  for (const Unit* unit = units; unit != units + unit_count; ++unit)
+    if (unit->row_count > 0) most = std::max(most, unit->rows[unit->row_count - 1].channel / conv.rows_per_live + 1);
+  return most;
+}
+
 inline float start_of(const Convolution& conv, const Route& row) { return conv.bias ? conv.bias[row.channel] : 0.f; }
+
+// Whether a tile is a sum of source planes of the target's size, filtered by 3x3 kernels.
+inline bool sums_planes(const Convolution& conv, const Tile& tile, const PlaneShape& shape) {
+  if (shape.rows == PlaneShape::Rows::of_any_width || conv.taps.size() != 9 || conv.step_y != 1 || conv.step_x != 1 ||
+      conv.source.height != shape.height || conv.source.width != shape.width || conv.times > kMostFiltered)
+    return false;
+  for (int64_t i = 0; i < 9; ++i) {
+    const Tap& tap = conv.taps[size_t(i)];
+    if (tap.dy != i / 3 - 1 || tap.dx != i % 3 - 1) return false;
+  }
+  return shape.rows != PlaneShape::Rows::half_a_vector || (tile.y_begin % 2 == 0 && tile.y_end % 2 == 0);
+}
+
+void convolve_summed_planes(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
+                            PlaneShape& shape, Scratch& scratch) {
+  const Planes &source = conv.source, &target = conv.target;
+  const int64_t begin = tile.y_begin, end = tile.y_end;
+  Layout layout;
+  const int64_t tables_at = layout.add<float>(shape.table_size());
+  const int64_t marks_at = layout.add<uint8_t>(most_channels(conv, units, unit_count));
+  char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
+  shape.fill_tables(reinterpret_cast<float*>(memory + tables_at));
+  PlaneSum sum(shape);
+  int64_t passed = 0;  // rows of the units before this one
+  for (const Unit* unit = units; unit != units + unit_count && passed < tile.row_end; passed += unit++->row_count) {
+    const LiveChannels is_live(*unit, most_channels(conv, unit, 1), reinterpret_cast<uint8_t*>(memory + marks_at));
+    for (int64_t r = std::max<int64_t>(0, tile.row_begin - passed);
+         r < std::min(unit->row_count, tile.row_end - passed); ++r) {
+      const Route& row = unit->rows[r];
+      const int64_t channel = row.channel / conv.rows_per_live;
+      const float* const plane = static_cast<const float*>(source.data) +
+                                 unit->source_frame * source.frame_stride + channel * source.channel_stride;
+      sum.clear(start_of(conv, row));
+      for (int64_t time = is_live.tap_begin; is_live[channel] && time < is_live.tap_end; ++time) {
+        float kernel[9];
+        for (int i = 0; i < 9; ++i)
+          kernel[i] = conv.weight[row.channel * conv.weight_row + time * conv.weight_time + conv.taps[size_t(i)].weight];
+        sum.add_filtered(plane + time * source.tap_stride, 0, kernel);
+      }
+      float* const to = static_cast<float*>(target.data) + (unit->frame + !row.here) * target.frame_stride +
+                        row.channel * target.channel_stride;
+      sum.write_rows(begin, end, to, conv.activation);
+      if (row.here && row.next)
+        std::memcpy(to + target.frame_stride + begin * target.width, to + begin * target.width,
+                    size_t((end - begin) * target.width) * 4);
+    }
+  }
+}
 
 // Tile rows count through all units of the task, which may be of several frames.
 void convolve_depthwise_planes(const Convolution& conv, const Unit* units, int64_t unit_count, const Tile& tile,
                                Scratch& scratch) {
+  PlaneShape shape(conv.grid_height, conv.grid_width, 3);
+  if (sums_planes(conv, tile, shape)) {
+    convolve_summed_planes(conv, units, unit_count, tile, shape, scratch);
+    return;
+  }
   const Planes &source = conv.source, &target = conv.target;
   const int64_t rows_stored = std::max<int64_t>(1, kStoredPixels / conv.grid_width);
   Layout layout;
   DepthwiseGeometry geometry(conv, tile, false, layout);
   const int64_t out_at = layout.add<float>(rows_stored * conv.grid_width * kLanes);
   const int64_t unused_at = layout.add<float>(target.height * target.width);
-  int64_t most_channels = 0;
-  for (const Unit* unit = units; unit != units + unit_count; ++unit)
-    if (unit->row_count > 0)
-      most_channels = std::max(most_channels, unit->rows[unit->row_count - 1].channel / conv.rows_per_live + 1);
-  const int64_t marks_at = layout.add<uint8_t>(most_channels);
+  const int64_t marks_at = layout.add<uint8_t>(most_channels(conv, units, unit_count));
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   uint8_t* marks = reinterpret_cast<uint8_t*>(memory + marks_at);
   geometry.lay_out(memory);
@@ -301,8 +360,7 @@ void convolve_depthwise_planes(const Convolution& conv, const Unit* units, int64
   int64_t begin = tile.row_begin, end = tile.row_end;
   for (const Unit* unit = units; unit != units + unit_count && end > 0; ++unit) {
     const auto channel_of = [&](const Route& row) { return row.channel / int32_t(conv.rows_per_live); };
-    const LiveChannels is_live(*unit, unit->row_count == 0 ? 0 : channel_of(unit->rows[unit->row_count - 1]) + 1,
-                               marks);
+    const LiveChannels is_live(*unit, most_channels(conv, unit, 1), marks);
     // The planes of a group share their temporal taps.
     if (lane_count > 0 &&
         (groups[current].tap_begin != is_live.tap_begin || groups[current].tap_end != is_live.tap_end))
