@@ -88,27 +88,33 @@ Scratch& call_scratch() {
   return scratch;
 }
 
+// Lays out what a convolution needs besides its operands, for some units.
+void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> units, int64_t row_count,
+             int64_t live_count, const Kernels& kernels) {
+  const bool whole_weights = problem.group_count == 1 && std::all_of(units.begin(), units.end(), [](const Unit& unit) {
+    return unit.weight_offset == 0;
+  });
+  if (conv.rows_per_live == 0) flatten_grid(conv);
+  if (whole_weights && can_use_winograd(conv))
+    transform_weights(conv, units, row_count, live_count, kernels, call_scratch());
+  if (conv.channels > 0) {
+    const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
+    float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));
+    kernels.depthwise_columns(conv, columns, count);
+    conv.columns = {columns, count};
+  }
+}
+
 // Runs convolutions to one target over the same units, and zeroes the target's channels that no unit writes.
 // live_count: source channels times temporal taps.
 void run(std::vector<Convolution>& convs, const Problem& problem, const std::vector<Unit>& units, int64_t row_count,
          int64_t live_count, const FrameChannels& zeros, int64_t frame_count) {
   const Kernels& kernels = best_kernels();
   const Planes target = convs.front().target;
-  const bool whole_weights = problem.group_count == 1 && std::all_of(units.begin(), units.end(), [](const Unit& unit) {
-    return unit.weight_offset == 0;
-  });
   std::vector<Task> tasks;
   for (Convolution& conv : convs) {
-    if (conv.rows_per_live == 0) flatten_grid(conv);
-    if (whole_weights && can_use_winograd(conv))
-      transform_weights(conv, units, row_count, live_count, kernels, call_scratch());
-    if (conv.channels > 0) {
-      const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
-      float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));
-      kernels.depthwise_columns(conv, columns, count);
-      conv.columns = {columns, count};
-    }
-    add_tasks(tasks, conv, units, kernels);
+    prepare(conv, problem, units, row_count, live_count, kernels);
+    add_tasks(tasks, conv, units, kernels, enough_tasks());
   }
   const int64_t count = int64_t(tasks.size());
   const int64_t plane = target.height * target.width;
@@ -394,26 +400,70 @@ std::vector<Unit> clip_gradient_units(const Problem& problem, const WeightStride
   return units;
 }
 
+namespace {
+
+// The operands of a convolution as the kernels take them.
+struct Operands {
+  FloatArray weights, biases;
+  WeightStrides strides;
+  Convolution conv;
+
+  Operands(const Problem& problem,
+           const Tensor& input,                // [N, C_in, H, W] | [B, C_in, T, H, W]
+           const Tensor& weight,               // [C_out, C_in / groups, kh, kw] | [..., kt, kh, kw]
+           const std::optional<Tensor>& bias,  // [C_out]
+           int64_t activation,
+           const Tensor& output)  // [N, C_out, H', W'] | [B, C_out, T', H', W']
+      : weights(floats(weight)),
+        biases(floats(bias)),
+        strides(problem, weights.channels_last()),
+        conv(forward_convolution(problem, input, output, strides)) {
+    STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu), "unknown activation");
+    STD_TORCH_CHECK(!bias.has_value() || bias->numel() == problem.out_channels, "expected bias [C_out]");
+    conv.weight = weights.data();
+    conv.weight_extent = weight.numel();
+    conv.bias = biases.data();
+    conv.activation = Activation(activation);
+  }
+};
+
+}  // namespace
+
 void convolve(const Problem& problem, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               int64_t activation, const Tensor& output, const MakeUnits& make_units, const FrameChannels& zeros,
               bool accumulates) {
   if (output.numel() == 0) return;
-  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu), "unknown activation");
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == problem.out_channels, "expected bias [C_out]");
-  const FloatArray weights = floats(weight), biases = floats(bias);
-  const WeightStrides strides(problem, weights.channels_last());
-  Convolution conv = forward_convolution(problem, input, output, strides);
-  conv.weight = weights.data();
-  conv.weight_extent = weight.numel();
-  conv.bias = biases.data();
-  conv.activation = Activation(activation);
+  Operands operands(problem, input, weight, bias, activation, output);
+  Convolution& conv = operands.conv;
   conv.accumulates = accumulates;
   const bool zeroes = conv.channels > 0 && !zeros.empty();
   if (zeroes) conv.zeros = &zeros;
-  const std::vector<Unit> units = make_units(strides, conv.rows_per_live > 0);
+  const std::vector<Unit> units = make_units(operands.strides, conv.rows_per_live > 0);
   std::vector<Convolution> convs = {std::move(conv)};
   run(convs, problem, units, problem.out_channels, problem.in_channels * problem.t.size,
       zeroes ? no_channels() : zeros, output.size(0));
+  call_scratch().trim();
+}
+
+void convolve_blocks(const Problem& problem, const Tensor& input, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const Tensor& output, const MakeBlocks& make_blocks,
+                     double finish_work, const std::function<void(int64_t, Scratch&)>& finish) {
+  Operands operands(problem, input, weight, bias, int64_t(Activation::none), output);
+  Convolution& conv = operands.conv;
+  const UnitBlocks blocks = make_blocks(operands.strides, conv.rows_per_live > 0);
+  const Kernels& kernels = best_kernels();
+  prepare(conv, problem, blocks.units, problem.out_channels, problem.in_channels * problem.t.size, kernels);
+  const std::span<const Unit> units = blocks.units;
+  std::vector<Task> tasks;
+  std::vector<size_t> task_ends = {0};
+  for (size_t b = 0, begin = 0; b < blocks.ends.size(); begin = blocks.ends[b++]) {
+    add_tasks(tasks, conv, units.subspan(begin, blocks.ends[b] - begin), kernels, 1);
+    task_ends.push_back(tasks.size());
+  }
+  run_tasks(int64_t(blocks.ends.size()), work(tasks) + finish_work, [&](int64_t b, Scratch& scratch) {
+    for (size_t i = task_ends[size_t(b)]; i < task_ends[size_t(b) + 1]; ++i) run_task(tasks[i], kernels, scratch);
+    finish(b, scratch);
+  });
   call_scratch().trim();
 }
 

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "domain.h"
+#include "kernels/kernels.h"
 #include "routes.h"
 
 namespace adakernels {
@@ -89,6 +90,20 @@ void convolve(const Problem& problem, const torch::stable::Tensor& input, const 
               const std::optional<torch::stable::Tensor>& bias, int64_t activation,
               const torch::stable::Tensor& output, const MakeUnits& units, const FrameChannels& zeros,
               bool accumulates = false);
+
+// Units in blocks, each of which ends where the next one begins.
+struct UnitBlocks {
+  std::vector<Unit> units;
+  std::vector<size_t> ends;
+};
+using MakeBlocks = std::function<UnitBlocks(const WeightStrides&, bool whole_frames)>;
+
+// Computes what the units of blocks write, each block in one thread, which then calls finish(block, scratch): that
+// finds what was computed in its caches. finish_work: multiply-adds that all these calls stand for
+void convolve_blocks(const Problem& problem, const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                     const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& output,
+                     const MakeBlocks& blocks, double finish_work,
+                     const std::function<void(int64_t, Scratch&)>& finish);
 
 // Throws unless the gradient has the output's shape and dtype.
 void check_gradient(const Problem& problem, const torch::stable::Tensor& grad_output,

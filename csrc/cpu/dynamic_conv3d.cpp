@@ -92,34 +92,59 @@ constexpr int64_t kMadePerTask = 64 * 1024;  // elements
 // What holds frames on their way to another format: little next to the output, and enough for the threads to share.
 constexpr int64_t kBufferBytes = 2 << 20, kBufferShare = 16;
 
-// Finishes some groups of a clip's frames, for some classes of channels.
-struct ReconstructionTask {
-  const Reconstruction* what;
+// Some groups of a clip's frames and classes of its channels: none of them is made from anything else.
+struct Block {
+  const Part* part;
   int64_t frame_begin, frame_end, class_begin, class_end;
 };
 
-void reconstruct_all(const std::vector<Part>& clips) {
-  std::vector<ReconstructionTask> tasks;
+void finish(const Block& block, Scratch& scratch) {
+  best_kernels().reconstruct(block.part->what, block.frame_begin, block.frame_end, block.class_begin, block.class_end,
+                             scratch);
+}
+
+double reconstruction_work(const std::vector<Part>& parts) {
   double work = 0;
-  for (const Part& clip : clips) {
-    const Reconstruction& what = clip.what;
-    // All frames of a channel, which are neighbours in memory, as far as that leaves parts that are small enough.
-    const int64_t group = what.frame_group(), groups = ceil_div(what.frames, group), classes = what.channel_classes();
-    const int64_t parts = std::max<int64_t>(1, what.channels * what.frames * what.height * what.width / kMadePerTask);
-    const int64_t class_parts = std::min(parts, classes);
-    const int64_t frame_parts = std::clamp<int64_t>(parts / class_parts, 1, groups);
-    for (int64_t c = 0; c < class_parts; ++c)
-      for (int64_t f = 0; f < frame_parts; ++f)
-        tasks.push_back({&what, groups * f / frame_parts * group,
-                         std::min(groups * (f + 1) / frame_parts * group, what.frames), classes * c / class_parts,
-                         classes * (c + 1) / class_parts});
+  for (const Part& part : parts) {
+    const Reconstruction& what = part.what;
     work += double(what.channels * what.frames * what.height * what.width * what.kernel * what.kernel);
   }
-  const Kernels& kernels = best_kernels();
-  run_tasks(int64_t(tasks.size()), work, [&](int64_t i, Scratch& scratch) {
-    const ReconstructionTask& task = tasks[size_t(i)];
-    kernels.reconstruct(*task.what, task.frame_begin, task.frame_end, task.class_begin, task.class_end, scratch);
-  });
+  return work;
+}
+
+// One block for each group of frames.
+std::vector<Block> blocks_of_frames(const std::vector<Part>& parts) {
+  std::vector<Block> blocks;
+  for (const Part& part : parts) {
+    const int64_t frames = part.what.frames, group = part.what.frame_group(), classes = part.what.channel_classes();
+    for (int64_t t = 0; t < frames; t += group) blocks.push_back({&part, t, std::min(t + group, frames), 0, classes});
+  }
+  return blocks;
+}
+
+// Blocks of classes in all frames of a channel, which are neighbours in memory, as far as that leaves blocks that are
+// small enough.
+std::vector<Block> blocks_of_classes(const std::vector<Part>& parts) {
+  std::vector<Block> blocks;
+  for (const Part& part : parts) {
+    const Reconstruction& what = part.what;
+    const int64_t group = what.frame_group(), groups = ceil_div(what.frames, group), classes = what.channel_classes();
+    const int64_t wanted = std::max<int64_t>(1, what.channels * what.frames * what.height * what.width / kMadePerTask);
+    const int64_t class_parts = std::min(wanted, classes);
+    const int64_t frame_parts = std::clamp<int64_t>(wanted / class_parts, 1, groups);
+    for (int64_t c = 0; c < class_parts; ++c)
+      for (int64_t f = 0; f < frame_parts; ++f)
+        blocks.push_back({&part, groups * f / frame_parts * group,
+                          std::min(groups * (f + 1) / frame_parts * group, what.frames), classes * c / class_parts,
+                          classes * (c + 1) / class_parts});
+  }
+  return blocks;
+}
+
+// Whether so many blocks keep the threads about equally busy.
+bool balances(size_t blocks) {
+  const size_t threads = size_t(torch::stable::get_num_threads());
+  return blocks >= 4 * threads || (blocks > 0 && blocks % threads == 0);
 }
 
 Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_in, T, H, W]
@@ -162,27 +187,70 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
 
   std::map<int64_t, TapRoutes> rows;  // by the number of channels that are computed
   TapRoutes live(problem.in_channels);
+  // The units of a part, from its first frame to its last.
+  const auto units_of = [&](const Part& part, const WeightStrides& strides, bool whole_frames) {
+    const int64_t step = part.what.frame_step();
+    Problem strided = problem;
+    strided.t.stride *= step;
+    const Clip clip = {part.clip * clip_stride(input), input.size(2), 0, ceil_div(T, step), 0, problem.t.size};
+    TapRoutes& computed = rows.try_emplace(part.what.computed(), part.what.computed()).first->second;
+    std::vector<Unit> units = clip_units(strided, strides, {clip}, computed, live, whole_frames);
+    std::erase_if(units, [&](Unit& unit) {
+      const int64_t frame = unit.frame * step - part.first;
+      unit.frame = part.place + frame;
+      return frame < 0 || frame >= part.what.frames;
+    });
+    return units;
+  };
   const auto compute = [&](const std::vector<Part>& parts, const Tensor& target) {
-    const auto units = [&](const WeightStrides& strides, bool whole_frames) {
-      std::vector<Unit> all;
-      for (const Part& part : parts) {
-        const int64_t step = part.what.frame_step();
-        Problem strided = problem;
-        strided.t.stride *= step;
-        const Clip clip = {part.clip * clip_stride(input), input.size(2), 0, ceil_div(T, step), 0, problem.t.size};
-        TapRoutes& computed = rows.try_emplace(part.what.computed(), part.what.computed()).first->second;
-        for (Unit unit : clip_units(strided, strides, {clip}, computed, live, whole_frames)) {
-          const int64_t frame = unit.frame * step - part.first;
-          if (frame < 0 || frame >= part.what.frames) continue;
-          unit.frame = part.place + frame;
-          all.push_back(unit);
+    std::vector<Block> blocks = blocks_of_frames(parts);
+    const bool frames_balance = balances(blocks.size());
+    if (whole || !(frames_balance || groups > 1)) {
+      const auto units = [&](const WeightStrides& strides, bool whole_frames) {
+        std::vector<Unit> all;
+        for (const Part& part : parts) {
+          const std::vector<Unit> some = units_of(part, strides, whole_frames);
+          all.insert(all.end(), some.begin(), some.end());
         }
+        return all;
+      };
+      convolve(problem, input, weight, bias, whole ? activation : int64_t(Activation::none), target, units,
+               zero_channels(nullptr, C, 1));
+      if (whole) return;
+      blocks = blocks_of_classes(parts);
+      run_tasks(int64_t(blocks.size()), reconstruction_work(parts),
+                [&](int64_t b, Scratch& scratch) { finish(blocks[size_t(b)], scratch); });
+      return;
+    }
+    // What reads all input channels goes by frames, what reads one of them by channels.
+    const auto make_blocks = [&](const WeightStrides& strides, bool depthwise) {
+      UnitBlocks made;
+      if (depthwise) blocks = blocks_of_classes(parts);
+      const Part* part = nullptr;
+      std::vector<Unit> units;  // of that part
+      for (const Block& block : blocks) {
+        if (part != block.part) units = units_of(*block.part, strides, depthwise);
+        part = block.part;
+        const Reconstruction& what = part->what;
+        for (int64_t first = 0; first < what.computed(); first += what.channel_classes())
+          for (Unit unit : units) {
+            const int64_t frame = unit.frame - part->place;
+            if (frame < block.frame_begin || frame >= block.frame_end) continue;
+            if (depthwise) {
+              const int64_t end = std::min(first + block.class_end, unit.row_count);
+              unit.rows += first + block.class_begin;
+              unit.row_count = std::max<int64_t>(0, end - first - block.class_begin);
+            } else if (first > 0) {
+              continue;  // has all rows
+            }
+            if (unit.row_count > 0) made.units.push_back(unit);
+          }
+        made.ends.push_back(made.units.size());
       }
-      return all;
+      return made;
     };
-    convolve(problem, input, weight, bias, whole ? activation : int64_t(Activation::none), target, units,
-             zero_channels(nullptr, C, 1));
-    if (!whole) reconstruct_all(parts);
+    convolve_blocks(problem, input, weight, bias, target, make_blocks, reconstruction_work(parts),
+                    [&](int64_t b, Scratch& scratch) { finish(blocks[size_t(b)], scratch); });
   };
   if (clips.empty()) return output;
   // Frames and channels are made from rows of float32 pixels: where the output has none, in a buffer of some frames.

@@ -42,13 +42,12 @@ bool is_flat(const Convolution& conv) {
 }
 
 void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
-                        const Kernels& kernels) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
+                        const Kernels& kernels, int64_t enough) {
   const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
   for (const Unit& unit : units) {
     const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, unit, Tile{0, 1, 0, block_columns, 0, 0});
     const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
-    const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * parts);
+    const int64_t wanted = ceil_div(enough, int64_t(units.size()) * parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);
     for (int64_t p = 0; p < parts; ++p)
       for (int64_t r = 0; r < row_parts; ++r)
@@ -60,14 +59,13 @@ void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::
 
 // Rows of all frames one after the other, in whole vectors of planes; parts of planes only where those are too few.
 void add_depthwise_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
-                         int64_t lanes) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
+                         int64_t lanes, int64_t enough) {
   int64_t row_count = 0;
   for (const Unit& unit : units) row_count += unit.row_count;
   const int64_t groups = ceil_div(row_count, lanes);
-  const int64_t parts = std::min(ceil_div(groups, kGroupsPerTask), kTasksPerThread * threads);
+  const int64_t parts = std::min(ceil_div(groups, kGroupsPerTask), enough);
   if (parts == 0) return;
-  const int64_t y_parts = std::clamp<int64_t>(2 * threads / parts, 1, ceil_div(conv.grid_height, kGridRowsPerTask));
+  const int64_t y_parts = std::clamp<int64_t>(enough / 2 / parts, 1, ceil_div(conv.grid_height, kGridRowsPerTask));
   const Unit* unit = units.data();
   const Unit* const units_end = unit + units.size();
   int64_t passed = 0;  // rows of the units before `unit`
@@ -83,13 +81,12 @@ void add_depthwise_tasks(std::vector<Task>& tasks, const Convolution& conv, std:
 
 // The same of channels-last planes, whose rows are vectors of channels, in parts of the map that fit into the cache.
 void add_channels_last_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
-                             int64_t lanes) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
+                             int64_t lanes, int64_t enough) {
   const int64_t y_parts =
       std::clamp<int64_t>(ceil_div(conv.source.height * conv.source.width, kDepthwisePoints), 1, conv.grid_height);
   const int64_t vectors = int64_t(units.size()) * ceil_div(conv.channels * conv.rows_per_live, lanes);
   const int64_t parts =
-      std::min(ceil_div(vectors, kVectorsPerTask), ceil_div(kTasksPerThread * threads, y_parts));
+      std::min(ceil_div(vectors, kVectorsPerTask), ceil_div(enough, y_parts));
   for (int64_t p = 0; p < parts; ++p)
     for (int64_t y = 0; y < y_parts; ++y)
       tasks.push_back({&conv, units.data(), int64_t(units.size()),
@@ -203,17 +200,18 @@ void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t r
   conv.winograd = {transformed, row_stride, point_stride};
 }
 
-void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
-               const Kernels& kernels) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
+int64_t enough_tasks() { return kTasksPerThread * int64_t(torch::stable::get_num_threads()); }
+
+void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units, const Kernels& kernels,
+               int64_t enough) {
   const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
   if (height == 0 || width == 0) return;
   if (conv.winograd.weight != nullptr) {
-    add_winograd_tasks(tasks, conv, units, kernels);
+    add_winograd_tasks(tasks, conv, units, kernels, enough);
     return;
   }
   if (conv.rows_per_live > 0) {
-    (conv.channels > 0 ? add_channels_last_tasks : add_depthwise_tasks)(tasks, conv, units, kernels.lanes);
+    (conv.channels > 0 ? add_channels_last_tasks : add_depthwise_tasks)(tasks, conv, units, kernels.lanes, enough);
     return;
   }
   const size_t begin = tasks.size();
@@ -227,7 +225,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
       // The reduction is split, not the map.
     } else if (reads_in_place(conv)) {
       // One long row is read block by block, by one thread as far as that leaves enough tasks.
-      const int64_t parts = ceil_div(kTasksPerThread * threads, int64_t(units.size()));
+      const int64_t parts = ceil_div(enough, int64_t(units.size()));
       x_block = ceil_div(ceil_div(width, parts), block) * block;
     } else if (row_bytes * (1 + conv.shift_y) <= kSourceBytes) {
       y_parts = ceil_div(height, std::max<int64_t>(1, kSourceBytes / row_bytes - conv.shift_y));
@@ -245,7 +243,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
            end - u < kUnitsPerTask;
          ++end)
       row_count = std::max(row_count, units[end].row_count);
-    const int64_t wanted = ceil_div(kTasksPerThread * threads, int64_t(units.size()) * y_parts * x_parts);
+    const int64_t wanted = ceil_div(enough, int64_t(units.size()) * y_parts * x_parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(row_count, kRowsPerTask), 1, wanted);
     for (int64_t y = 0; y < y_parts; ++y)
       for (int64_t x = 0; x < x_parts; ++x)

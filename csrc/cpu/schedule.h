@@ -33,9 +33,12 @@ struct Task {
   Tile tile;
 };
 
-// Tiles of all units: small enough for the second-level cache, and enough of them to keep the threads equally busy.
+// How many tasks keep the threads equally busy.
+int64_t enough_tasks();
+
+// Tiles of all units: small enough for the second-level cache, and as far as that goes no more than are enough.
 void add_tasks(std::vector<Task>& tasks, const Convolution& convolution, std::span<const Unit> units,
-               const Kernels& kernels);
+               const Kernels& kernels, int64_t enough);
 
 // Makes one long row of the grid where neighbouring rows touch in memory and the kernel is 1x1.
 void flatten_grid(Convolution& convolution);
