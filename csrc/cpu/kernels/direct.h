@@ -78,8 +78,15 @@ inline void multiply_and_store(const Convolution& conv, const Unit& unit, const 
   });
 }
 
-// The tensor is read where it lies. Only the last points, less than a vector, are copied: a tile would read past the
-// plane.
+// Whether so many planes lie so far apart that most of what a register tile reads of them meets in a few sets of the
+// caches, which cannot hold it.
+inline bool collides(int64_t channel_stride, int64_t live_count) {
+  constexpr int64_t kSetBytes = 4096, kWays = 8;
+  return channel_stride * 4 % kSetBytes == 0 && live_count > kWays;
+}
+
+// The tensor is read where it lies, unless planes collide. Else only the last points, less than a vector, are copied: a
+// tile would read past the plane.
 inline void convolve_in_place(const Convolution& conv, const Unit& unit, const Tile& tile, Scratch& scratch) {
   constexpr int64_t span = kVectors * kLanes;
   const Planes& planes = conv.source;
@@ -90,17 +97,30 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const bool gapless =
       live_count > 0 && live_weight(conv, unit.live[live_count - 1]) - first_weight == live_count - 1;
   const bool dots = rest <= kMostDots && gapless;
+  const int64_t spans = std::max<int64_t>(1, (whole + span - 1) / span);
+  const int64_t row_end = std::min(tile.row_end, unit.row_count);
+  const int64_t groups = (row_end - tile.row_begin + kRows - 1) / kRows;
+  const bool packs = groups > 1 && collides(planes.channel_stride, live_count);
+  const int64_t fitting = std::max<int64_t>(1, kSourceBytes / 2 / (4 * std::max<int64_t>(1, live_count) * span));
+  const int64_t blocks = (spans + fitting - 1) / fitting;
+  // Vectors from a packed channel to the next: an odd number, so that these do not collide again.
+  const int64_t pitch = ((spans + blocks - 1) / blocks * kVectors / 2 * 2 + 3) * kLanes;
   Layout layout;
   const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
   const int64_t copy_at = layout.add<float>(live_count * kLanes);
+  const int64_t packed_steps_at = layout.add<Step>(packs ? live_count : 0);
+  const int64_t packed_at = layout.add<float>(packs ? live_count * pitch : 0);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Step* rest_steps = reinterpret_cast<Step*>(memory + rest_steps_at);
   float* copy = reinterpret_cast<float*>(memory + copy_at);
+  Step* packed_steps = reinterpret_cast<Step*>(memory + packed_steps_at);
+  float* packed = reinterpret_cast<float*>(memory + packed_at);
   for (int64_t i = 0; i < live_count; ++i) {
     const auto weight = int32_t(live_weight(conv, unit.live[i]) - first_weight + conv.taps[0].weight);
     steps[i] = {weight, int32_t(plane_offset(planes, 0, unit.live[i]))};
     rest_steps[i] = {weight, int32_t(i * kLanes)};
+    if (packs) packed_steps[i] = {weight, int32_t(i * pitch)};
   }
   const auto copy_rest = [&] {
     for (int64_t i = 0; i < live_count; ++i) {
@@ -112,18 +132,16 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
 
   // All groups of rows read a block from the second-level cache while the next one is fetched from memory: by the first
   // groups, which share the vectors of a register tile, so that memory has time.
-  const int64_t spans = std::max<int64_t>(1, (whole + span - 1) / span);
-  const int64_t fitting = std::max<int64_t>(1, kSourceBytes / 2 / (4 * std::max<int64_t>(1, live_count) * span));
-  const int64_t blocks = (spans + fitting - 1) / fitting;
-  const int64_t row_end = std::min(tile.row_end, unit.row_count);
-  const int64_t groups = (row_end - tile.row_begin + kRows - 1) / kRows;
   const int64_t share = groups > 0 ? (kVectors + groups - 1) / groups : 0;
   alignas(64) float out[kRows * kTilePixels];
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = spans * b / blocks * span, end = std::min(spans * (b + 1) / blocks * span, whole);
     const int64_t next = (b + 1 < blocks ? end : tile.next) - begin;
-    int64_t fetched = 0;
+    int64_t fetched = packs ? kVectors : 0;
     if (b + 1 == blocks && rest > 0) copy_rest();
+    for (int64_t i = 0; packs && i < live_count; ++i)
+      for (int64_t p = 0; p < end - begin; p += kLanes)
+        store<kLanes>(packed + i * pitch + p, load<kLanes>(source + steps[i].source + begin + p));
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t row_count) {
       const RowGroup group(conv, unit, first, row_count);
       const auto finish = [&](int64_t at, int64_t width) {
@@ -134,7 +152,8 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
                     });
       };
       // The last element of a vector is fetched: the first one may lie in a line that was read before.
-      Product product = {group.rows, steps, live_count, source + begin, group.start};
+      Product product = {group.rows, packs ? packed_steps : steps, live_count, packs ? packed : source + begin,
+                         group.start};
       product.floor = group.floor;
       product.ahead = next + fetched * kLanes + kLanes - 1;
       const auto run = [&]<int prefetches>(std::integral_constant<int, prefetches>) {
