@@ -139,9 +139,14 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
     const int64_t next = (b + 1 < blocks ? end : tile.next) - begin;
     int64_t fetched = packs ? kVectors : 0;
     if (b + 1 == blocks && rest > 0) copy_rest();
-    for (int64_t i = 0; packs && i < live_count; ++i)
-      for (int64_t p = 0; p < end - begin; p += kLanes)
-        store<kLanes>(packed + i * pitch + p, load<kLanes>(source + steps[i].source + begin + p));
+    for (int64_t i = 0; packs && i < live_count; ++i) {
+      const float* const from = source + begin + steps[i].source;
+      const float* const ahead = source + begin + steps[std::min(i + 1, live_count - 1)].source;
+      for (int64_t p = 0; p < end - begin; p += kLanes) {
+        __builtin_prefetch(ahead + p);
+        store<kLanes>(packed + i * pitch + p, load<kLanes>(from + p));
+      }
+    }
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t row_count) {
       const RowGroup group(conv, unit, first, row_count);
       const auto finish = [&](int64_t at, int64_t width) {
