@@ -431,10 +431,13 @@ def _plan(
     bias: Facts | None,
     temporal_gate: Facts | None,
     channel_gate: Facts | None,
+    temporal_weight: Facts | None,
+    channel_weight: Facts | None,
     *arguments: Any,
 ) -> _Plan:
     """Validate a call and choose its backend."""
-    conv = _check(input, weight, bias, temporal_gate, channel_gate, *arguments)
+    tensors = (input, weight, bias, temporal_gate, channel_gate, temporal_weight, channel_weight)
+    conv = _check(*tensors, *arguments)
     predicates = _predicates(input, weight, temporal_gate, channel_gate, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
 

@@ -132,6 +132,43 @@ FIXED = [
     Case(temporal="2 one", channel="3 one", clips=6, size=(8, 12, 12), channels=16, out_channels=24),
     Case(clips=0),
     Case(dtype=torch.bfloat16, activation="relu"),
+    # Rows of half a vector, one and several, of all instruction sets.
+    Case(size=(9, 6, 2), channels=5, temporal="3 mixed", channel="2 1", activation="relu"),
+    Case(size=(5, 6, 4), channels=5, temporal="2 1", channel="3 all", activation="relu"),
+    Case(size=(5, 3, 8), channels=5, temporal="3 all", channel="2 mixed", activation="silu"),
+    Case(size=(6, 10, 8), channels=5, temporal="3 one", channel="none", clips=4),
+    Case(size=(3, 9, 16), channels=5, temporal="none", channel="3 mixed", activation="relu"),
+    Case(size=(4, 5, 32), channels=5, temporal="2 mixed", channel="3 one", activation="relu6"),
+    # The same of depthwise convolutions, which sum planes as they lie.
+    *(
+        Case(
+            channels=channels,
+            out_channels=channels * per_channel,
+            groups=channels,
+            size=(6, height, width),
+            kernel=(frames, 3, 3),
+            padding=(frames // 2, 1, 1),
+            temporal=temporal,
+            channel="3 mixed",
+        )
+        for channels, per_channel, frames, height, width, temporal in (
+            (6, 1, 3, 4, 4, "3 mixed"),
+            (5, 2, 3, 6, 8, "2 1"),
+            (3, 1, 1, 5, 8, "3 one"),
+            (9, 1, 5, 7, 16, "3 all"),
+            (4, 1, 3, 1, 48, "2 mixed"),
+        )
+    ),
+    # Planes that meet in the same sets of a cache.
+    Case(
+        size=(16, 8, 8),
+        channels=20,
+        out_channels=50,
+        kernel=(1, 1, 1),
+        padding=(0, 0, 0),
+        temporal="2 1",
+        activation="relu",
+    ),
     # Rows longer than what is summed at once, and planes of one pixel.
     Case(size=(2, 2, 600), channels=2, out_channels=4, temporal="2 mixed"),
     Case(size=(5, 1, 1), kernel=(1, 1, 1), padding=(0, 0, 0)),

@@ -24,7 +24,7 @@ import adakernels as ak
 CONVOLUTIONS = {
     "1x1 to one channel": (4, 1, 1, 1, 1, 1, (1, 5, 10, 12, 16)),
     "1x1 to two channels": (5, 2, 1, 1, 1, 2, (3, 10, 12)),
-    "1x1": (17, 33, 1, 1, 1, 2, (7, 10, 12)),
+    "1x1": (17, 33, 1, 1, 1, 2, (7, 10, 12, 32)),
     "1x1, depthwise": (6, 6, 6, 1, 1, 2, (3, 10, 12)),
     "3x3 to one channel": (4, 1, 1, 3, 1, 2, (5, 10, 12)),
     "3x3 to two channels": (16, 2, 1, 3, 1, 2, (5, 10, 12)),
@@ -32,7 +32,7 @@ CONVOLUTIONS = {
     "3x3 of small maps": (32, 48, 1, 3, 1, 8, (4, 7)),
     "3x3, stride 2": (20, 24, 1, 3, 2, 2, (7, 10, 12, 20, 21, 28)),
     "1x1, stride 2": (9, 10, 1, 1, 2, 2, (7, 10, 12)),
-    "3x3, depthwise": (5, 5, 5, 3, 1, 2, (4, 7, 10, 17)),
+    "3x3, depthwise": (5, 5, 5, 3, 1, 2, (4, 7, 8, 10, 16, 17)),
     "3x3, depthwise, stride 2": (5, 5, 5, 3, 2, 2, (7, 10, 17)),
     "5x5, depthwise": (5, 10, 5, 5, 1, 2, (5, 7, 10, 17)),
 }
@@ -42,7 +42,7 @@ CLIPS = {
     "3x1x1, packed": (20, 9, 1, (3, 1, 1), True, (1, 5, 7, 10)),
     "3x3x3": (16, 12, 1, (3, 3, 3), False, (4, 10)),
     "5x7x7, packed": (3, 8, 1, (5, 7, 7), True, (7, 12)),
-    "3x3x3, depthwise": (5, 5, 5, (3, 3, 3), False, (4, 7)),
+    "3x3x3, depthwise": (5, 5, 5, (3, 3, 3), False, (4, 7, 8, 16)),
 }
 PROT_NONE = 0
 
@@ -170,7 +170,7 @@ def cut(
 def assert_guard_changes_nothing() -> None:
     calls = [(convolve, name, size) for name, case in CONVOLUTIONS.items() for size in case[-1]]
     calls += [(convolve_clips, name, size) for name, case in CLIPS.items() for size in case[-1]]
-    calls += [(reconstruct, taps, size) for taps in (1, 3) for size in (1, 4, 7, 16)]
+    calls += [(reconstruct, taps, size) for taps in (1, 3) for size in (1, 4, 7, 8, 16)]
     calls += [(fuse, soft, size) for soft in (False, True) for size in (1, 7, 10)]
     patches = [((p, q), size) for size in (1, 7, 16, 33) for p in {1, size // 2 + 1, size} for q in {1, size}]
     formats = (torch.contiguous_format, torch.channels_last)
