@@ -36,10 +36,8 @@ def check_type(condition: bool, message: Callable[[], str]) -> None:
 
 def facts(op: str, name: str, tensor: Any) -> Facts:
     """Shape, dtype and device of an argument, which must be a tensor."""
-    check_type(
-        isinstance(tensor, Tensor),
-        lambda: f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}",
-    )
+    if not isinstance(tensor, Tensor):
+        check_type(False, lambda: f"{op}: expected {name} to be a Tensor, got {type(tensor).__name__}")
     return tensor.shape, tensor.dtype, tensor.device
 
 

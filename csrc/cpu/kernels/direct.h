@@ -103,8 +103,8 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const bool packs = groups > 1 && collides(planes.channel_stride, live_count);
   const int64_t fitting = std::max<int64_t>(1, kSourceBytes / 2 / (4 * std::max<int64_t>(1, live_count) * span));
   const int64_t blocks = (spans + fitting - 1) / fitting;
-  // Vectors from a packed channel to the next: an odd number, so that these do not collide again.
-  const int64_t pitch = ((spans + blocks - 1) / blocks * kVectors / 2 * 2 + 3) * kLanes;
+  // From a packed channel to the next: an odd number of vectors, so that these do not collide again.
+  const int64_t pitch = (std::min((spans + blocks - 1) / blocks * span, whole) / kLanes | 1) * kLanes;
   Layout layout;
   const int64_t steps_at = layout.add<Step>(live_count), rest_steps_at = layout.add<Step>(live_count);
   const int64_t copy_at = layout.add<float>(live_count * kLanes);
