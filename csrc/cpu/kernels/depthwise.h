@@ -297,8 +297,8 @@ void convolve_summed_planes(const Convolution& conv, const Unit* units, int64_t 
       sum.clear(start_of(conv, row));
       for (int64_t time = is_live.tap_begin; is_live[channel] && time < is_live.tap_end; ++time) {
         float kernel[9];
-        for (int i = 0; i < 9; ++i)
-          kernel[i] = conv.weight[row.channel * conv.weight_row + time * conv.weight_time + conv.taps[size_t(i)].weight];
+        const float* const weights = conv.weight + row.channel * conv.weight_row + time * conv.weight_time;
+        for (int i = 0; i < 9; ++i) kernel[i] = weights[conv.taps[size_t(i)].weight];
         sum.add_filtered(plane + time * source.tap_stride, 0, kernel);
       }
       float* const to = static_cast<float*>(target.data) + (unit->frame + !row.here) * target.frame_stride +

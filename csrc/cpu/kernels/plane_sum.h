@@ -102,8 +102,8 @@ class PlaneShape {
   const float* zeros_;  // a row
 };
 
-// The activation of a sum of planes, some of them filtered, for several frames: each plane is the first of some that lie
-// `step` values apart.
+// The activation of a sum of planes, some of them filtered, for several frames: each plane is the first of some that
+// lie `step` values apart.
 class PlaneSum {
  public:
   explicit PlaneSum(const PlaneShape& shape) : shape_(shape) {}
