@@ -18,7 +18,7 @@ namespace {
 
 // Transformed blocks of a tile. They need not all stay close: the points of one sum are used up for all rows before
 // those of the next are read, and splitting a map leaves vectors half empty.
-constexpr int64_t kPointBytes = 1344 * 1024;
+constexpr int64_t kPointBytes = 1152 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
 // Smaller maps leave vectors of 2x2 blocks half empty, and transforming their kernels costs more than it saves.
@@ -41,12 +41,30 @@ bool is_flat(const Convolution& conv) {
          gapless(conv.target);
 }
 
+// In how many parts of whole rows of blocks, `least` or more, the fewest vectors stay half empty. A part costs a little
+// itself: neighbours read the same rows, and the transformed kernels anew.
+int64_t winograd_parts(int64_t least, int64_t block_rows, int64_t block_columns, int64_t lanes) {
+  int64_t best = least;
+  double least_cost = 0;
+  for (int64_t parts = least; parts <= std::min(2 * least, block_rows); ++parts) {
+    double cost = 0.25 * double(parts);  // in vectors
+    for (int64_t p = 0; p < parts; ++p)
+      cost += double(ceil_div((block_rows * (p + 1) / parts - block_rows * p / parts) * block_columns, lanes));
+    if (parts == least || cost < least_cost) {
+      best = parts;
+      least_cost = cost;
+    }
+  }
+  return best;
+}
+
 void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                         const Kernels& kernels, int64_t enough) {
   const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
   for (const Unit& unit : units) {
     const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, unit, Tile{0, 1, 0, block_columns, 0, 0});
-    const int64_t parts = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
+    const int64_t least = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
+    const int64_t parts = winograd_parts(least, block_rows, block_columns, kernels.lanes);
     const int64_t wanted = ceil_div(enough, int64_t(units.size()) * parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);
     for (int64_t p = 0; p < parts; ++p)
