@@ -232,7 +232,7 @@ def before_activation(
 
 def autocast(device: torch.device, *arguments: Any) -> tuple[Any, ...]:
     """The arguments in autocast's dtype, where that is on, as it does for torch's convolutions."""
-    # One question about all devices answers most calls.
+    # Mostly one question is enough: to Python that the caches have lost, each one takes microseconds.
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return arguments
     kind = device.type

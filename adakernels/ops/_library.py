@@ -114,6 +114,8 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         _hand_over_flop_formulas()
     if torch.is_grad_enabled():
         return _functions[op].apply(*args) if op in _functions else op(*args)
+    if torch.is_inference_mode_enabled():  # below autograd already
+        return op(*args)
     return _below_autograd(op, *args)
 
 

@@ -31,6 +31,8 @@ def as_index(
     policy: Tensor,  # [N, C]
 ) -> Tensor:  # [N, C]
     """An integer policy in the form that kernels read, which check its values: int64, contiguous."""
+    if policy.dtype == torch.int64 and policy.is_contiguous():
+        return policy
     return policy.to(torch.int64).contiguous()
 
 
