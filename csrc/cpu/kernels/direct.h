@@ -164,11 +164,12 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
       const auto run = [&]<int prefetches>(std::integral_constant<int, prefetches>) {
         multiply<prefetches, true>(product, row_count, end - begin, out, kTilePixels, finish);
       };
-      if (fetched >= kVectors)
+      const int64_t vectors = std::min(share, kVectors - fetched);
+      if (vectors <= 0)
         run(std::integral_constant<int, 0>());
-      else if (share == 1)
+      else if (vectors == 1)
         run(std::integral_constant<int, 1>());
-      else if (share == 2)
+      else if (vectors == 2)
         run(std::integral_constant<int, 2>());
       else
         run(std::integral_constant<int, kVectors>());
