@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,10 +90,11 @@ class Layer:
         }
         return (self.input, self.weight, self.bias, self.policy), named
 
-    def ours(self) -> Tensor:
-        """The package's operator, policy included."""
+    @property
+    def ours(self) -> Callable[[], Tensor]:
+        """A call of the package's operator, policy included."""
         positional, named = self.arguments()
-        return ak.gated_conv2d(*positional, **named)
+        return partial(ak.gated_conv2d, *positional, **named)
 
     def fused(self) -> Tensor:
         """The package's mixing alone, of an input as large as the layer's output."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,10 +199,11 @@ class Clips:
         }
         return (self.input, self.weight, self.bias, self.temporal), named
 
-    def ours(self) -> Tensor:
-        """The package's operator, flags and offsets included."""
+    @property
+    def ours(self) -> Callable[[], Tensor]:
+        """A call of the package's operator, flags and offsets included."""
         positional, named = self.arguments()
-        return ak.sliced_conv3d(*positional, **named)
+        return partial(ak.sliced_conv3d, *positional, **named)
 
     def reference(self) -> Tensor:
         """The operator's reference."""
