@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -163,11 +161,10 @@ class DynamicLayer:
         }
         return (self.input, self.weight, self.bias, *self.gates), named
 
-    @property
-    def ours(self) -> Callable[[], Tensor]:
-        """A call of the package's operator, gates and reconstruction included."""
+    def ours(self) -> Tensor:
+        """The package's operator, gates and reconstruction included."""
         positional, named = self.arguments()
-        return partial(ak.dynamic_conv3d, *positional, **named)
+        return ak.dynamic_conv3d(*positional, **named)
 
     def masked(self) -> Tensor:
         """The same math as ours after the dense convolution, by torch's operators for each clip's level."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +89,10 @@ class Layer:
         }
         return (self.input, self.weight, self.bias, self.policy), named
 
-    @property
-    def ours(self) -> Callable[[], Tensor]:
-        """A call of the package's operator, policy included."""
+    def ours(self) -> Tensor:
+        """The package's operator, policy included."""
         positional, named = self.arguments()
-        return partial(ak.gated_conv2d, *positional, **named)
+        return ak.gated_conv2d(*positional, **named)
 
     def fused(self) -> Tensor:
         """The package's mixing alone, of an input as large as the layer's output."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -199,11 +197,10 @@ class Clips:
         }
         return (self.input, self.weight, self.bias, self.temporal), named
 
-    @property
-    def ours(self) -> Callable[[], Tensor]:
-        """A call of the package's operator, flags and offsets included."""
+    def ours(self) -> Tensor:
+        """The package's operator, flags and offsets included."""
         positional, named = self.arguments()
-        return partial(ak.sliced_conv3d, *positional, **named)
+        return ak.sliced_conv3d(*positional, **named)
 
     def reference(self) -> Tensor:
         """The operator's reference."""

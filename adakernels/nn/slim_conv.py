@@ -104,6 +104,7 @@ class _SlimConv(ConvNormAct):
                 type(out_channels),
                 self.stride,
                 self.padding,
+                self.padding_mode,
                 self.dilation,
                 self.groups,
                 self.activation,
@@ -228,7 +229,7 @@ class _SlimConv(ConvNormAct):
         segments = arguments[1]
         # What is a list may be another one in the next call.
         fixed = segments is None or {type(segments), *map(type, segments)} == {tuple}
-        if seen is not None and fixed and input.stride() == as_it_was:
+        if seen is not None and fixed and input.stride() == as_it_was and not flops.counting:
             call = _Call(seen, segments, run, *tensors)
             prepared.calls = (call, *prepared.calls[: CALLS - 1])
         record_work(self.operator.__name__, slim, input, weight)

@@ -195,10 +195,9 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
     const Clip clip = {part.clip * clip_stride(input), input.size(2), 0, ceil_div(T, step), 0, problem.t.size};
     TapRoutes& computed = rows.try_emplace(part.what.computed(), part.what.computed()).first->second;
     std::vector<Unit> units = clip_units(strided, strides, {clip}, computed, live, whole_frames);
-    std::erase_if(units, [&](Unit& unit) {
-      const int64_t frame = unit.frame * step - part.first;
-      unit.frame = part.place + frame;
-      return frame < 0 || frame >= part.what.frames;
+    for (Unit& unit : units) unit.frame = part.place + unit.frame * step - part.first;
+    std::erase_if(units, [&](const Unit& unit) {
+      return unit.frame < part.place || unit.frame >= part.place + part.what.frames;
     });
     return units;
   };
@@ -232,19 +231,22 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
         if (part != block.part) units = units_of(*block.part, strides, depthwise);
         part = block.part;
         const Reconstruction& what = part->what;
-        for (int64_t first = 0; first < what.computed(); first += what.channel_classes())
-          for (Unit unit : units) {
-            const int64_t frame = unit.frame - part->place;
-            if (frame < block.frame_begin || frame >= block.frame_end) continue;
-            if (depthwise) {
-              const int64_t end = std::min(first + block.class_end, unit.row_count);
-              unit.rows += first + block.class_begin;
-              unit.row_count = std::max<int64_t>(0, end - first - block.class_begin);
-            } else if (first > 0) {
-              continue;  // has all rows
-            }
+        for (const Unit& frame_unit : units) {
+          const int64_t frame = frame_unit.frame - part->place;
+          if (frame < block.frame_begin || frame >= block.frame_end) continue;
+          if (!depthwise) {
+            made.units.push_back(frame_unit);
+            continue;
+          }
+          // Units of one frame follow one another: they read the same temporal taps, so vectors are shared.
+          for (int64_t first = 0; first < what.computed(); first += what.channel_classes()) {
+            Unit unit = frame_unit;
+            const int64_t end = std::min(first + block.class_end, unit.row_count);
+            unit.rows += first + block.class_begin;
+            unit.row_count = end - first - block.class_begin;
             if (unit.row_count > 0) made.units.push_back(unit);
           }
+        }
         made.ends.push_back(made.units.size());
       }
       return made;

@@ -35,7 +35,9 @@ def expected(conv: SlimConv3d, input: Tensor) -> Tensor:  # [B, 16, T, H, W]
     """The definition, in float64."""
     weight = torch.cat([conv.weight[:WIDTH, start:stop] for start, stop in SEGMENTS], 1).double()
     bias = None if conv.bias is None else conv.bias[:WIDTH].double()
-    output = F.conv3d(input.double(), weight, bias, conv.stride, conv.padding)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(input.double(), conv._reversed_padding_repeated_twice, mode=mode)
+    output = F.conv3d(padded, weight, bias, conv.stride)
     norm = conv.norm
     if norm is not None:
         tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -254,6 +256,8 @@ def test_a_call_like_one_before_follows_what_is_not_like_it(clips: Tensor) -> No
         conv.stride = (1, 2, 1)
         check(conv, clips)
         conv.activation = None
+        check(conv, clips)
+        conv.padding_mode = "replicate"
         check(conv, clips)
 
 

@@ -126,6 +126,13 @@ FIXED = [
     Case(size=(1, 6, 5)),
     Case(size=(5, 14, 13), channels=20, out_channels=24, channels_last=True),
     Case(temporal="all"),
+    # Points that fill no vector are dot products, where weights lie in the order of what is read.
+    *(
+        Case(
+            channels=16, size=(5, side, side), kernel=(3, 1, 1), padding=(1, 0, 0), weight_channels_last=True
+        )
+        for side in (1, 6, 7, 9)
+    ),
     Case(temporal="none"),
     Case(temporal="none", lengths=(2, 3), channels=16, channels_last=True),
     Case(temporal="absent", lengths=(2, 3)),

@@ -94,8 +94,9 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
       static_cast<const float*>(planes.data) + unit.source_frame * planes.frame_stride + tile.x_begin;
   const int64_t live_count = unit.live_count, first_weight = live_count > 0 ? live_weight(conv, unit.live[0]) : 0;
   const int64_t count = tile.x_end - tile.x_begin, whole = count / kLanes * kLanes, rest = count - whole;
-  const bool gapless =
-      live_count > 0 && live_weight(conv, unit.live[live_count - 1]) - first_weight == live_count - 1;
+  // Temporal taps of weights with the channels innermost come in another order than the list's.
+  bool gapless = live_count > 0;
+  for (int64_t i = 0; i < live_count; ++i) gapless &= live_weight(conv, unit.live[i]) - first_weight == i;
   const bool dots = rest <= kMostDots && gapless;
   const int64_t spans = std::max<int64_t>(1, (whole + span - 1) / span);
   const int64_t row_end = std::min(tile.row_end, unit.row_count);
