@@ -18,7 +18,7 @@ namespace {
 
 // Transformed blocks of a tile. They need not all stay close: the points of one sum are used up for all rows before
 // those of the next are read, and splitting a map leaves vectors half empty.
-constexpr int64_t kPointBytes = 1152 * 1024;
+constexpr int64_t kPointBytes = 1344 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
 // Smaller maps leave vectors of 2x2 blocks half empty, and transforming their kernels costs more than it saves.
