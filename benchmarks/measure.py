@@ -272,6 +272,8 @@ def report_3d(benchmark: Any, case: Any, record: Mapping[str, Any], work: float,
         excess=seconds["ours"] / seconds["dense"] - work,
         eta=efficiency(seconds["dense"], seconds["ours"], work),
     )
+    if "masked" in seconds:
+        benchmark.extra_info["masked_ratio"] = seconds["ours"] / seconds["masked"]
 
 
 def compare(
