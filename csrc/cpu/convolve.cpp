@@ -95,8 +95,8 @@ void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> un
     return unit.weight_offset == 0;
   });
   if (conv.rows_per_live == 0) flatten_grid(conv);
-  if (whole_weights && can_use_winograd(conv))
-    transform_weights(conv, units, row_count, live_count, kernels, call_scratch());
+  const int64_t block = whole_weights ? winograd_block(conv, kernels.pixel_block) : 0;
+  if (block > 0) transform_weights(conv, block, units, row_count, live_count, kernels, call_scratch());
   if (conv.channels > 0) {
     const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
     float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));

@@ -66,6 +66,7 @@ struct Unit {
 struct WinogradWeights {
   const float* weight;
   int64_t row_stride, point_stride;
+  int64_t block;  // 2 or 4: outputs are made in blocks of that side, by (block + 2)^2 points of each kernel
 };
 
 // Element [i, c]: weight i of target channel c, of the last row its bias.

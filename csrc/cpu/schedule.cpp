@@ -60,7 +60,8 @@ int64_t winograd_parts(int64_t least, int64_t block_rows, int64_t block_columns,
 
 void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                         const Kernels& kernels, int64_t enough) {
-  const int64_t block_rows = ceil_div(conv.grid_height, 2), block_columns = ceil_div(conv.grid_width, 2);
+  const int64_t block = conv.winograd.block;
+  const int64_t block_rows = ceil_div(conv.grid_height, block), block_columns = ceil_div(conv.grid_width, block);
   for (const Unit& unit : units) {
     const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, unit, Tile{0, 1, 0, block_columns, 0, 0});
     const int64_t least = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
@@ -166,17 +167,17 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
-bool can_use_winograd(const Convolution& conv) {
-  if (conv.grid_height * conv.grid_width < kWinogradPoints) return false;
+int64_t winograd_block(const Convolution& conv, int64_t pixel_block) {
+  if (conv.grid_height * conv.grid_width < kWinogradPoints) return 0;
   const int64_t step = conv.step_y;
-  if (number_stride(conv) == 0) return false;
+  if (number_stride(conv) == 0) return 0;
   if (conv.taps.size() != 9 || conv.step_x != step || (step != 1 && step != 2) || conv.shift_y != 2 / step ||
       conv.shift_x != 2 / step || conv.target_step_y != 1 || conv.target_step_x != 1)
-    return false;
+    return 0;
   // Nine taps may also be what is left of a larger kernel; then they do not lie the same distance apart.
   for (size_t i = 0; i < 9; ++i)
-    if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return false;
-  return true;
+    if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return 0;
+  return step == 1 && ceil_div(conv.grid_height, 4) * ceil_div(conv.grid_width, 4) >= pixel_block ? 4 : 2;
 }
 
 namespace {
@@ -198,24 +199,28 @@ bool can_use_depthwise_channels(const Convolution& conv, int64_t source_channels
          can_use_depthwise(conv, source_channels, target_channels);
 }
 
-void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
-                       const Kernels& kernels, Scratch& scratch) {
+void transform_weights(Convolution& conv, int64_t block, std::span<const Unit> units, int64_t row_count,
+                       int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
+  conv.winograd.block = block;
   std::vector<bool> used(size_t(row_count), false);
   for (const Unit& unit : units)
     for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
   std::vector<int64_t> rows;
   for (int64_t r = 0; r < row_count; ++r)
     if (used[size_t(r)]) rows.push_back(r);
-  const int64_t point_stride = kernels.winograd_point_stride(channel_count), row_stride = 16 * point_stride;
+  const int64_t point_stride = kernels.winograd_point_stride(channel_count), points = (block + 2) * (block + 2);
+  const int64_t row_stride = points * point_stride;
   float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
   constexpr int64_t chunk = 8;
   const int64_t count = ceil_div(int64_t(rows.size()), chunk);
-  run_tasks(count, 16. * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
+  run_tasks(count, double(points) * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
     for (int64_t r = i * chunk; r < std::min((i + 1) * chunk, int64_t(rows.size())); ++r)
       kernels.winograd_weights(conv, rows[size_t(r)], channel_count, transformed + rows[size_t(r)] * row_stride,
                                point_stride);
   });
-  conv.winograd = {transformed, row_stride, point_stride};
+  conv.winograd.weight = transformed;
+  conv.winograd.row_stride = row_stride;
+  conv.winograd.point_stride = point_stride;
 }
 
 int64_t enough_tasks() { return kTasksPerThread * int64_t(torch::stable::get_num_threads()); }

@@ -34,7 +34,7 @@ struct Kernels {
   int pixel_block, lanes;
   // Computes and stores one tile of each of some units of one frame.
   void (*convolve_direct)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);
-  // The same for a tile that counts blocks of 2x2 grid points and takes whole rows of them.
+  // The same for a tile that counts blocks of grid points and takes whole rows of them.
   void (*convolve_winograd)(const Convolution&, const Unit&, const Tile&, Scratch&);
   // The same for a depthwise convolution; tile rows count through all of the units, which may be of several frames.
   void (*convolve_depthwise)(const Convolution&, const Unit*, int64_t unit_count, const Tile&, Scratch&);

@@ -1,5 +1,5 @@
-// Winograd convolution of 3x3 kernels, by 2x2 blocks of outputs (Lavin and Gray, "Fast Algorithms for Convolutional
-// Neural Networks", 2016). Rows and live channels are lists, as everywhere.
+// Winograd convolution of 3x3 kernels, by blocks of 2x2 or 4x4 outputs (Lavin and Gray, "Fast Algorithms for
+// Convolutional Neural Networks", 2016). Rows and live channels are lists, as everywhere.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,13 @@
 namespace adakernels {
 namespace {
 
-// What Winograd's method does along one dimension to make two neighbouring outputs: `size` pixels of the source, of
-// which the next block's start `step` pixels on, are transformed to as many points. Point i is multiplied by point
+// What Winograd's method does along one dimension to make `outputs` neighbouring outputs: `size` pixels of the source,
+// of which the next block's start `step` pixels on, are transformed to as many points. Point i is multiplied by point
 // kernel[i] of the transformed kernel and added to sum[i], and the sums give the outputs.
 
 // F(2, 3): 4 multiplications for 6.
-struct UnitStride {
-  static constexpr int step = 2, size = 4, sums = 4;
+struct UnitStrideBy2 {
+  static constexpr int outputs = 2, step = 2, size = 4, sums = 4;
   static constexpr int kernel[size] = {0, 1, 2, 3}, sum[size] = {0, 1, 2, 3};
 
   template <typename V>
@@ -35,16 +35,56 @@ struct UnitStride {
     point[3] = d[1] - d[3];
   }
   template <typename V>
-  static void transform_back(const V* m, V& first, V& second) {
-    first = m[0] + m[1] + m[2];
-    second = m[1] - m[2] - m[3];
+  static void transform_back(const V* m, V* out) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] - m[3];
   }
 };
 
-// The outer taps read odd pixels, to which they are a kernel of two taps at stride 1, F(2, 2); the middle one reads
-// even pixels, each for one output, and its products join the sums that go to that output alone: 5 for 6.
+// F(4, 3): 6 multiplications for 12. It interpolates at 0, ±√½, ±√2 and infinity, whose powers differ so little that
+// rounding errors stay those of the direct sum; the usual 0, ±1, ±2 make them several times as large.
+struct UnitStrideBy4 {
+  static constexpr int outputs = 4, step = 4, size = 6, sums = 6;
+  static constexpr int kernel[size] = {0, 1, 2, 3, 4, 5}, sum[size] = {0, 1, 2, 3, 4, 5};
+  static constexpr float p = 0.70710678f, q = 1.41421356f;  // their squares are 1/2 and 2
+
+  template <typename V>
+  static void transform_kernel(V a, V b, V c, V* g) {
+    const V even_p = (-2.f / 3) * a - (1.f / 3) * c, odd_p = (-2.f / 3 * p) * b;
+    const V even_q = (1.f / 6) * a + (1.f / 3) * c, odd_q = (1.f / 6 * q) * b;
+    g[0] = a;
+    g[1] = even_p + odd_p;
+    g[2] = even_p - odd_p;
+    g[3] = even_q + odd_q;
+    g[4] = even_q - odd_q;
+    g[5] = c;
+  }
+  template <typename V>
+  static void transform_source(const V* d, V* point) {
+    const V even_p = d[4] - 2.f * d[2], odd_p = d[3] - 2.f * d[1];
+    const V even_q = d[4] - 0.5f * d[2], odd_q = d[3] - 0.5f * d[1];
+    point[0] = d[0] + d[4] - 2.5f * d[2];
+    point[1] = even_p + p * odd_p;
+    point[2] = even_p - p * odd_p;
+    point[3] = even_q + q * odd_q;
+    point[4] = even_q - q * odd_q;
+    point[5] = d[1] + d[5] - 2.5f * d[3];
+  }
+  template <typename V>
+  static void transform_back(const V* m, V* out) {
+    const V even_p = m[1] + m[2], odd_p = m[1] - m[2], even_q = m[3] + m[4], odd_q = m[3] - m[4];
+    out[0] = m[0] + even_p + even_q;
+    out[1] = p * odd_p + q * odd_q;
+    out[2] = 0.5f * even_p + 2.f * even_q;
+    out[3] = m[5] + (0.5f * p) * odd_p + (2.f * q) * odd_q;
+  }
+};
+
+// At stride 2 the outer taps read odd pixels, to which they are a kernel of two taps at stride 1, F(2, 2); the middle one
+// reads even pixels, each for one output, and its products join the sums that go to that output alone: 5 for 6. Blocks
+// of 4 would take 9 for 12, but also more sums, kernels and vectors than registers hold, and were slower.
 struct StrideTwo {
-  static constexpr int step = 4, size = 5, sums = 3;
+  static constexpr int outputs = 2, step = 4, size = 5, sums = 3;
   static constexpr int kernel[size] = {0, 3, 1, 3, 2}, sum[size] = {0, 0, 1, 2, 2};
 
   template <typename V>
@@ -63,19 +103,29 @@ struct StrideTwo {
     point[4] = d[4] - d[2];
   }
   template <typename V>
-  static void transform_back(const V* m, V& first, V& second) {
-    first = m[0] + m[1];
-    second = m[1] + m[2];
+  static void transform_back(const V* m, V* out) {
+    out[0] = m[0] + m[1];
+    out[1] = m[1] + m[2];
   }
 };
 
 template <typename Use>
 inline auto with_method(const Convolution& conv, const Use& use) {
-  return conv.step_y == 1 ? use(UnitStride{}) : use(StrideTwo{});
+  if (conv.step_y == 2) return use(StrideTwo{});
+  return conv.winograd.block == 2 ? use(UnitStrideBy2{}) : use(UnitStrideBy4{});
 }
 
 // What the sums of as many rows take as are computed together.
 constexpr int64_t kSumBytes = 512 * 1024;
+
+// What of the points stays in a first-level cache while all rows are multiplied by it.
+constexpr int64_t kCloseBytes = 24 * 1024;
+
+// How many pixels of so many steps these are, in whole register tiles.
+inline int64_t close_pixels(int64_t step_count) {
+  constexpr int64_t width = kVectors * kLanes;
+  return std::max<int64_t>(1, kCloseBytes / (4 * width * std::max<int64_t>(1, step_count))) * width;
+}
 
 // The tap of the smallest offsets, be they in ascending order or, as in a gradient, in descending order.
 inline const Tap& first_tap(const Convolution& conv) {
@@ -110,6 +160,7 @@ template <typename Method>
 inline void transform_kernels(const Convolution& conv, int64_t row, int64_t channel_count, float* transformed,
                               int64_t point_stride) {
   using V = Vector<kLanes>;
+  constexpr int side = Method::outputs + 2;  // points of a kernel in one dimension
   const Tap& corner = first_tap(conv);
   int32_t at[3][3];  // which of the nine values, in the order they lie in, a position has
   const int64_t tap_stride = std::abs(conv.taps[1].weight - conv.taps[0].weight);
@@ -123,18 +174,18 @@ inline void transform_kernels(const Convolution& conv, int64_t row, int64_t chan
     for (int line = 0; line < 9 * kLanes; line += 16)
       __builtin_prefetch(weights + (first + 4 * kLanes) * stride + line);
     gather_kernels(weights + first * stride, conv.weight + conv.weight_extent, stride, count, tap_stride, kernels);
-    V columns[3][4];
+    V columns[3][side];
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x)
       Method::transform_kernel(load<kLanes>(kernels[at[0][x]]), load<kLanes>(kernels[at[1][x]]),
                                load<kLanes>(kernels[at[2][x]]), columns[x]);
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      V points[4];
+#pragma GCC unroll 6
+    for (int y = 0; y < side; ++y) {
+      V points[side];
       Method::transform_kernel(columns[0][y], columns[1][y], columns[2][y], points);
-#pragma GCC unroll 4
-      for (int x = 0; x < 4; ++x) {
-        float* to = transformed + (4 * y + x) * point_stride + first;
+#pragma GCC unroll 6
+      for (int x = 0; x < side; ++x) {
+        float* to = transformed + (side * y + x) * point_stride + first;
         if (count == kLanes) {
           store<kLanes>(to, points[x]);
         } else {
@@ -202,72 +253,91 @@ inline void transform_pixels(const PixelRows& rows, const int32_t* masks, int64_
   for (int64_t t = (block_columns - 1) / lanes * lanes; t >= 0; t -= lanes) {
     const int32_t* mask = masks + t * size;
     float* to = points + t;
-    V d[size][size];
+    V lines[size][size];  // rows of pixels, transformed along x
+    const auto read = [&](int64_t y, V* line) {
+      V d[size];
+      split_row<Method, lanes>(rows[y] + step * t, mask, d);
+      Method::transform_source(d, line);
+    };
 #pragma GCC unroll 2
-    for (int y = 0; y < kept; ++y) split_row<Method, lanes>(rows[y] + step * t, mask, d[y]);
+    for (int y = 0; y < kept; ++y) read(y, lines[y]);
     for (int64_t b = 0; b < block_rows; ++b, to += block_columns) {
 #pragma GCC unroll 4
       for (int y = kept; y < size; ++y) {
         ahead.fetch_next();
-        split_row<Method, lanes>(rows[step * b + y] + step * t, mask, d[y]);
+        read(step * b + y, lines[y]);
       }
-      V columns[size][size];
 #pragma GCC unroll 6
       for (int x = 0; x < size; ++x) {
-        V column[size];
+        V column[size], transformed[size];
 #pragma GCC unroll 6
-        for (int y = 0; y < size; ++y) column[y] = d[y][x];
-        Method::transform_source(column, columns[x]);
-      }
+        for (int y = 0; y < size; ++y) column[y] = lines[y][x];
+        Method::transform_source(column, transformed);
 #pragma GCC unroll 6
-      for (int y = 0; y < size; ++y) {
-        V row[size], transformed[size];
-#pragma GCC unroll 6
-        for (int x = 0; x < size; ++x) row[x] = columns[x][y];
-        Method::transform_source(row, transformed);
-#pragma GCC unroll 6
-        for (int x = 0; x < size; ++x) store<lanes>(to + (size * y + x) * stride, transformed[x]);
+        for (int y = 0; y < size; ++y) store<lanes>(to + (size * y + x) * stride, transformed[y]);
       }
 #pragma GCC unroll 2
       for (int y = 0; y < kept; ++y)
 #pragma GCC unroll 6
-        for (int x = 0; x < size; ++x) d[y][x] = d[y + step][x];
+        for (int x = 0; x < size; ++x) lines[y][x] = lines[y + step][x];
     }
     ahead = RowsAhead();
   }
 }
 
-// The outputs of `block_count` blocks, even columns and odd ones interleaved: upper[2 t + x], lower[2 t + x].
-template <typename Method>
-inline void transform_back(const float* products, int64_t stride, int64_t block_count, float bias,
-                           Activation activation, float* upper, float* lower) {
-  using V = Vector<kLanes>;
-  constexpr int sums = Method::sums;
+// Element i * n + p of n vectors in a row is element i of the given vector p.
+template <int n>
+inline void interleave(Vector<kLanes>* v) {
   constexpr auto low = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes; });
   constexpr auto high = indices<kLanes>([](int i) { return i / 2 + (i & 1) * kLanes + kLanes / 2; });
-  for (int64_t t = 0; t < block_count; t += kLanes) {
-    V top[sums], bottom[sums];
-#pragma GCC unroll 4
-    for (int x = 0; x < sums; ++x) {
-      V m[sums];
-#pragma GCC unroll 4
-      for (int y = 0; y < sums; ++y) m[y] = load<kLanes>(products + (sums * y + x) * stride + t);
-      Method::transform_back(m, top[x], bottom[x]);
+  if constexpr (n > 1) {
+    Vector<kLanes> even[n / 2], odd[n / 2];
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) {
+      even[i] = v[2 * i];
+      odd[i] = v[2 * i + 1];
     }
-    const auto finish = [&](const V* s, float* to) {
-      V left, right;
-      Method::transform_back(s, left, right);
-      left = activate<kLanes>(activation, left + bias);
-      right = activate<kLanes>(activation, right + bias);
-      store<kLanes>(to + 2 * t, shuffle<kLanes>(left, right, low));
-      store<kLanes>(to + 2 * t + kLanes, shuffle<kLanes>(left, right, high));
-    };
-    finish(top, upper);
-    finish(bottom, lower);
+    interleave<n / 2>(even);
+    interleave<n / 2>(odd);
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) {
+      v[2 * i] = shuffle<kLanes>(even[i], odd[i], low);
+      v[2 * i + 1] = shuffle<kLanes>(even[i], odd[i], high);
+    }
   }
 }
 
-// Sizes of a tile's blocks. The tile counts blocks of 2x2 outputs, and spans whole rows of them.
+// The outputs of `block_count` blocks: output (y, x) of block t is out[y * row_stride + outputs * t + x].
+template <typename Method>
+inline void transform_back(const float* products, int64_t stride, int64_t block_count, float bias,
+                           Activation activation, float* out, int64_t row_stride) {
+  using V = Vector<kLanes>;
+  constexpr int sums = Method::sums, outputs = Method::outputs;
+  for (int64_t t = 0; t < block_count; t += kLanes) {
+    V columns[sums][outputs];
+#pragma GCC unroll 6
+    for (int x = 0; x < sums; ++x) {
+      V m[sums];
+#pragma GCC unroll 6
+      for (int y = 0; y < sums; ++y) m[y] = load<kLanes>(products + (sums * y + x) * stride + t);
+      Method::transform_back(m, columns[x]);
+    }
+#pragma GCC unroll 4
+    for (int y = 0; y < outputs; ++y) {
+      V m[sums], row[outputs];
+#pragma GCC unroll 6
+      for (int x = 0; x < sums; ++x) m[x] = columns[x][y];
+      Method::transform_back(m, row);
+#pragma GCC unroll 4
+      for (int x = 0; x < outputs; ++x) row[x] = activate<kLanes>(activation, row[x] + bias);
+      interleave<outputs>(row);
+#pragma GCC unroll 4
+      for (int x = 0; x < outputs; ++x) store<kLanes>(out + y * row_stride + outputs * t + x * kLanes, row[x]);
+    }
+  }
+}
+
+// Sizes of a tile's blocks. The tile counts blocks of outputs, and spans whole rows of them.
 struct Blocks {
   int64_t rows, columns, count;
   int64_t tail;  // the last blocks, if so few of them are left past whole vectors that their sums are dot products
@@ -354,30 +424,31 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
 template <typename Method>
 inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile& tile, const float* points,
                           Scratch& scratch) {
-  constexpr int size = Method::size, sums = Method::sums;
+  constexpr int size = Method::size, sums = Method::sums, outputs = Method::outputs;
   constexpr int64_t kFinished = 4;  // rows at a time: what was stored just before is slow to load at other offsets
   const Blocks blocks(tile);
   const int64_t slice = blocks.slice(conv, unit), row_count = tile.row_end - tile.row_begin;
   Layout layout;
   const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
-  const int64_t outputs_at = layout.add<float>(kFinished * 4 * blocks.room);
+  const int64_t finished_at = layout.add<float>(kFinished * outputs * outputs * blocks.room);
   const int64_t steps_at = layout.add<Step>(unit.live_count);
-  const int64_t segments_at = layout.add<Segment>(2 * blocks.rows);
+  const int64_t segments_at = layout.add<Segment>(outputs * blocks.rows);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   float* products = reinterpret_cast<float*>(memory + products_at);
-  float* outputs = reinterpret_cast<float*>(memory + outputs_at);
+  float* finished = reinterpret_cast<float*>(memory + finished_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
 
   for (int64_t i = 0; i < unit.live_count; ++i)
     steps[i] = {int32_t(live_number(conv, unit.live[i])), int32_t(i * blocks.count)};
-  int64_t segment_count[2] = {0, 0};
+  const int64_t line = outputs * blocks.room;  // what one row of every block takes
+  int64_t segment_count[outputs] = {};
   for (int64_t y = 0; y < blocks.rows; ++y)
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t row = 2 * (tile.y_begin + y) + half;
+    for (int64_t part = 0; part < outputs; ++part) {
+      const int64_t row = outputs * (tile.y_begin + y) + part;
       if (row < conv.grid_height)
-        segments[half * blocks.rows + segment_count[half]++] = {2 * y * blocks.columns, target_offset(conv, row, 0),
-                                                                conv.grid_width};
+        segments[part * blocks.rows + segment_count[part]++] = {outputs * y * blocks.columns,
+                                                                target_offset(conv, row, 0), conv.grid_width};
     }
 
   const float zero[kRows] = {};
@@ -389,40 +460,44 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
     for (int y = 0; y < size; ++y)
       for (int x = 0; x < size; ++x)
         if (Method::sum[y] * sums + Method::sum[x] == sum)
-          terms[term_count++] = {(4 * Method::kernel[y] + Method::kernel[x]) * conv.winograd.point_stride,
+          terms[term_count++] = {((outputs + 2) * Method::kernel[y] + Method::kernel[x]) * conv.winograd.point_stride,
                                  (size * y + x) * slice};
-    for_row_groups(0, row_count, [&](int64_t first, int64_t count) {
-      const float* rows[kRows];
-      for (int64_t r = 0; r < count; ++r)
-        rows[r] = conv.winograd.weight + unit.rows[tile.row_begin + first + r].channel * conv.winograd.row_stride;
-      const Product product = {rows, steps, unit.live_count, points, zero, terms, term_count};
-      Product last = product;
-      last.source += blocks.tails(unit);
-      last.step_count = live_span(conv, unit.live, unit.live_count);
-      float* out = products + first * row_room + sum * blocks.room;
-      multiply<0, false>(product, count, blocks.count - tail, out, row_room, [](int64_t, int64_t) {});
-      if (tail > 0) dot(last, count, tail, out + blocks.count - tail, row_room);
-    });
+    // All rows read what the first-level cache holds of a sum's points before they go on to the next blocks.
+    const int64_t end = blocks.count - tail, span = close_pixels(term_count * unit.live_count);
+    for (int64_t at = 0; at == 0 || at < end; at += span)
+      for_row_groups(0, row_count, [&](int64_t first, int64_t count) {
+        const float* rows[kRows];
+        for (int64_t r = 0; r < count; ++r)
+          rows[r] = conv.winograd.weight + unit.rows[tile.row_begin + first + r].channel * conv.winograd.row_stride;
+        const Product product = {rows, steps, unit.live_count, points + at, zero, terms, term_count};
+        float* out = products + first * row_room + sum * blocks.room;
+        multiply<0, false>(product, count, std::min(span, end - at), out + at, row_room, [](int64_t, int64_t) {});
+        if (at + span < end || tail == 0) return;
+        Product last = product;
+        last.source = points + blocks.tails(unit);
+        last.step_count = live_span(conv, unit.live, unit.live_count);
+        dot(last, count, tail, out + end, row_room);
+      });
   }
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
   const Activation activation = conv.accumulates ? Activation::none : conv.activation;
   for (int64_t first = 0; first < row_count; first += kFinished) {
     const int64_t end = std::min(first + kFinished, row_count);
-    float* output = outputs;
-    for (int64_t r = first; r < end; ++r, output += 4 * blocks.room)
+    float* output = finished;
+    for (int64_t r = first; r < end; ++r, output += outputs * line)
       transform_back<Method>(products + r * row_room, blocks.room, blocks.count,
                              conv.bias ? conv.bias[unit.rows[tile.row_begin + r].channel] : 0.f, activation, output,
-                             output + 2 * blocks.room);
-    output = outputs;
+                             line);
+    output = finished;
     for (int64_t r = first; r < end; ++r)
-      for (int half = 0; half < 2; ++half, output += 2 * blocks.room) {
+      for (int part = 0; part < outputs; ++part, output += line) {
         const Route& route = unit.rows[tile.row_begin + r];
-        const Segment* list = segments + half * blocks.rows;
+        const Segment* list = segments + part * blocks.rows;
         if (conv.accumulates) {
-          add_target(conv.target, hop, unit.frame, route, output, list, segment_count[half]);
-          activate(conv.activation, output, 2 * blocks.count);
+          add_target(conv.target, hop, unit.frame, route, output, list, segment_count[part]);
+          activate(conv.activation, output, outputs * blocks.count);
         }
-        store_route(conv.target, hop, unit.frame, route, output, list, segment_count[half]);
+        store_route(conv.target, hop, unit.frame, route, output, list, segment_count[part]);
       }
   }
 }
