@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "schedule.h"
+#include "streams.h"
 #include "tensors.h"
 
 namespace adakernels {
@@ -46,13 +47,20 @@ void add_units(std::vector<Unit>& units, const Problem& problem, const WeightStr
 }
 
 constexpr int64_t kZeroedPerTask = 64 * 1024;  // elements
+// Outputs of this size leave the second-level caches before they are read.
+constexpr int64_t kStreamedBytes = 3 << 20;
 
 // Zeroes neighbouring channels of a frame, in runs as long as the format allows.
 void zero_planes(const Planes& planes, int64_t frame, int64_t channel, int64_t count) {
   const int64_t size = planes.scalar == Scalar::f32 ? 4 : 2;
   char* const data = static_cast<char*>(planes.data) +
                      (frame * planes.frame_stride + channel * planes.channel_stride) * size;
-  const auto zero = [&](int64_t offset, int64_t run) { std::memset(data + offset * size, 0, size_t(run * size)); };
+  const auto zero = [&](int64_t offset, int64_t run) {
+    if (planes.streamed)
+      stream_zeros(data + offset * size, run * size);
+    else
+      std::memset(data + offset * size, 0, size_t(run * size));
+  };
   const bool rows = planes.column_stride == 1, whole = rows && planes.row_stride == planes.width;
   if (whole && planes.channel_stride == planes.height * planes.width) {
     zero(0, count * planes.channel_stride);
@@ -431,11 +439,12 @@ struct Operands {
 
 void convolve(const Problem& problem, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               int64_t activation, const Tensor& output, const MakeUnits& make_units, const FrameChannels& zeros,
-              bool accumulates) {
+              OutputUse use) {
   if (output.numel() == 0) return;
   Operands operands(problem, input, weight, bias, activation, output);
   Convolution& conv = operands.conv;
-  conv.accumulates = accumulates;
+  conv.accumulates = use == OutputUse::added_to;
+  conv.target.streamed = use == OutputUse::final && output.numel() * 4 >= kStreamedBytes;
   const bool zeroes = conv.channels > 0 && !zeros.empty();
   if (zeroes) conv.zeros = &zeros;
   const std::vector<Unit> units = make_units(operands.strides, conv.rows_per_live > 0);

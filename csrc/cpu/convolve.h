@@ -85,11 +85,14 @@ std::vector<Unit> clip_units(const Problem& problem, const WeightStrides& stride
 std::vector<Unit> clip_gradient_units(const Problem& problem, const WeightStrides& strides,
                                       const std::vector<Clip>& clips, TapRoutes& rows, TapRoutes& live);
 
+// What becomes of an output: it is done, or read again at once, or was there before and is added to.
+enum class OutputUse { final, read_again, added_to };
+
 // Computes `output`, or adds to it before it is activated, and zeroes the channels in `zeros`, which no unit writes.
 void convolve(const Problem& problem, const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
               const std::optional<torch::stable::Tensor>& bias, int64_t activation,
               const torch::stable::Tensor& output, const MakeUnits& units, const FrameChannels& zeros,
-              bool accumulates = false);
+              OutputUse use = OutputUse::final);
 
 // Units in blocks, each of which ends where the next one begins.
 struct UnitBlocks {

@@ -21,6 +21,7 @@ struct Planes {
   int64_t height, width;
   int64_t frame_stride, channel_stride, row_stride, column_stride;
   int64_t tap_stride = 0;  // from a channel's plane to the one that the next temporal tap of a kernel reads
+  bool streamed = false;   // written past the caches, where stores are long enough
 };
 
 // A channel of frame t and where its plane lives: in frame t, in frame t+1 (its history), or in both.

@@ -214,7 +214,7 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
         return all;
       };
       convolve(problem, input, weight, bias, whole ? activation : int64_t(Activation::none), target, units,
-               zero_channels(nullptr, C, 1));
+               zero_channels(nullptr, C, 1), whole ? OutputUse::final : OutputUse::read_again);
       if (whole) return;
       blocks = blocks_of_classes(parts);
       run_tasks(int64_t(blocks.size()), reconstruction_work(parts),

@@ -87,7 +87,8 @@ void conv2d_add(const Tensor& target,                    // [N, C_out, H', W']
   STD_TORCH_CHECK(target.scalar_type() == input.scalar_type() &&
                       sizes_of(target) == output_sizes(domain.problem, input),
                   "conv2d_add_: expected a target of the output's shape and dtype");
-  convolve(domain.problem, input, weight, bias, activation, target, domain.units(), no_channels(), true);
+  convolve(domain.problem, input, weight, bias, activation, target, domain.units(), no_channels(),
+           OutputUse::added_to);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_conv2d_backward(

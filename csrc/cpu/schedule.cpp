@@ -11,6 +11,7 @@
 
 #include "../common/cpu_features.h"
 #include "../common/layout.h"
+#include "streams.h"
 
 namespace adakernels {
 
@@ -334,6 +335,7 @@ void run_tasks(int64_t count, double work, const std::function<void(int64_t, Scr
     } catch (...) {
       if (!failed.test_and_set()) failure = std::current_exception();
     }
+    finish_streams();
     scratch.trim();
   };
   if (threads == 1)

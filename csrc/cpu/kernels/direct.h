@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 
 #include "activation.h"
@@ -12,6 +13,9 @@
 
 namespace adakernels {
 namespace {
+
+// What all groups of rows read again from the first-level cache, next to their weights.
+constexpr int64_t kCloseBytes = 24 * 1024;
 
 inline int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -48,15 +52,15 @@ struct RowGroup {
 };
 
 // Activates, unless register tiles did, and stores a tile of `count` rows, `width` points from `at` on:
-// segments(at, width, list) fills in where the points go and returns the number of segments. out: [count][kTilePixels]
+// segments(at, width, list) fills in where the points go and returns the number of segments. out: [count][out_stride]
 template <typename Segments>
 inline void finish_tile(const Convolution& conv, const Unit& unit, const Route* rows, int64_t count, float* out,
-                        int64_t at, int64_t width, const Segments& segments) {
+                        int64_t out_stride, int64_t at, int64_t width, const Segments& segments) {
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
   Segment list[kTilePixels];
   const int64_t segment_count = segments(at, width, list);
   for (int64_t r = 0; r < count; ++r) {
-    float* row = out + r * kTilePixels;
+    float* row = out + r * out_stride;
     if (conv.accumulates) add_target(conv.target, hop, unit.frame, rows[r], row, list, segment_count);
     if (conv.accumulates || conv.activation != Activation::relu) activate(conv.activation, row, width);
     store_route(conv.target, hop, unit.frame, rows[r], row, list, segment_count);
@@ -73,10 +77,12 @@ inline void multiply_and_store(const Convolution& conv, const Unit& unit, const 
     Product product = {group.rows, steps, step_count, source, group.start};
     product.floor = group.floor;
     multiply<0, true>(product, count, point_count, out, kTilePixels, [&](int64_t at, int64_t width) {
-      finish_tile(conv, unit, unit.rows + first, count, out, at, width, segments);
+      finish_tile(conv, unit, unit.rows + first, count, out, kTilePixels, at, width, segments);
     });
   });
 }
+
+constexpr int64_t kManyWeights = 2 * kSourceBytes;  // bytes
 
 // Whether so many planes lie so far apart that most of what a register tile reads of them meets in a few sets of the
 // caches, which cannot hold it.
@@ -102,7 +108,11 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const int64_t row_end = std::min(tile.row_end, unit.row_count);
   const int64_t groups = (row_end - tile.row_begin + kRows - 1) / kRows;
   const bool packs = groups > 1 && collides(planes.channel_stride, live_count);
-  const int64_t fitting = std::max<int64_t>(1, kSourceBytes / 2 / (4 * std::max<int64_t>(1, live_count) * span));
+  // Weights that the second-level cache would not keep from one register tile's pixels to the next are read once for as
+  // many pixels as it can hold instead.
+  const bool many_weights = (row_end - tile.row_begin) * live_count * 4 > kManyWeights;
+  const int64_t block_bytes = many_weights ? kManyWeights : kSourceBytes / 2;
+  const int64_t fitting = std::max<int64_t>(1, block_bytes / (4 * std::max<int64_t>(1, live_count) * span));
   const int64_t blocks = (spans + fitting - 1) / fitting;
   // From a packed channel to the next: an odd number of vectors, so that these do not collide again.
   const int64_t pitch = (std::min((spans + blocks - 1) / blocks * span, whole) / kLanes | 1) * kLanes;
@@ -111,12 +121,18 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const int64_t copy_at = layout.add<float>(live_count * kLanes);
   const int64_t packed_steps_at = layout.add<Step>(packs ? live_count : 0);
   const int64_t packed_at = layout.add<float>(packs ? live_count * pitch : 0);
+  const int64_t groups_at = layout.add<RowGroup>(groups), out_at = layout.add<float>((row_end - tile.row_begin) * span + kTilePixels);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Step* rest_steps = reinterpret_cast<Step*>(memory + rest_steps_at);
   float* copy = reinterpret_cast<float*>(memory + copy_at);
   Step* packed_steps = reinterpret_cast<Step*>(memory + packed_steps_at);
   float* packed = reinterpret_cast<float*>(memory + packed_at);
+  RowGroup* const row_groups = reinterpret_cast<RowGroup*>(memory + groups_at);
+  float* const out = reinterpret_cast<float*>(memory + out_at);
+  RowGroup* next_group = row_groups;
+  for_row_groups(tile.row_begin, row_end,
+                 [&](int64_t first, int64_t count) { new (next_group++) RowGroup(conv, unit, first, count); });
   for (int64_t i = 0; i < live_count; ++i) {
     const auto weight = int32_t(live_weight(conv, unit.live[i]) - first_weight + conv.taps[0].weight);
     steps[i] = {weight, int32_t(plane_offset(planes, 0, unit.live[i]))};
@@ -132,14 +148,27 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   };
 
   // All groups of rows read a block from the second-level cache while the next one is fetched from memory: by the first
-  // groups, which share the vectors of a register tile, so that memory has time.
+  // groups, which share the vectors of a register tile, so that memory has time. Unless weights are many, all groups read
+  // those channels of a register tile's pixels that the first-level cache holds before they go on to the next ones.
   const int64_t share = groups > 0 ? (kVectors + groups - 1) / groups : 0;
-  alignas(64) float out[kRows * kTilePixels];
+  const int64_t chunk = spans > 1 && !many_weights ? kCloseBytes / (4 * span) : std::max<int64_t>(1, live_count);
+  const auto finish = [&](int64_t first, int64_t count, float* sums, int64_t at, int64_t width) {
+    finish_tile(conv, unit, unit.rows + first, count, sums, span, at, width,
+                [&](int64_t point, int64_t, Segment* list) {
+                  list[0] = {0, target_offset(conv, 0, tile.x_begin + point), width};
+                  return 1;
+                });
+  };
+  // Calls use(rows, sums, first, count) for each group.
+  const auto for_groups = [&](const auto& use) {
+    const RowGroup* rows = row_groups;
+    for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
+      use(*rows++, out + (first - tile.row_begin) * span, first, count);
+    });
+  };
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = spans * b / blocks * span, end = std::min(spans * (b + 1) / blocks * span, whole);
     const int64_t next = (b + 1 < blocks ? end : tile.next) - begin;
-    int64_t fetched = packs ? kVectors : 0;
-    if (b + 1 == blocks && rest > 0) copy_rest();
     for (int64_t i = 0; packs && i < live_count; ++i) {
       const float* const from = source + begin + steps[i].source;
       const float* const ahead = source + begin + steps[std::min(i + 1, live_count - 1)].source;
@@ -148,43 +177,46 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
         store<kLanes>(packed + i * pitch + p, load<kLanes>(from + p));
       }
     }
-    for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t row_count) {
-      const RowGroup group(conv, unit, first, row_count);
-      const auto finish = [&](int64_t at, int64_t width) {
-        finish_tile(conv, unit, unit.rows + first, row_count, out, begin + at, width,
-                    [&](int64_t point, int64_t, Segment* list) {
-                      list[0] = {0, target_offset(conv, 0, tile.x_begin + point), width};
-                      return 1;
-                    });
-      };
-      // The last element of a vector is fetched: the first one may lie in a line that was read before.
-      Product product = {group.rows, packs ? packed_steps : steps, live_count, packs ? packed : source + begin,
-                         group.start};
-      product.floor = group.floor;
-      product.ahead = next + fetched * kLanes + kLanes - 1;
-      const auto run = [&]<int prefetches>(std::integral_constant<int, prefetches>) {
-        multiply<prefetches, true>(product, row_count, end - begin, out, kTilePixels, finish);
-      };
-      const int64_t vectors = std::min(share, kVectors - fetched);
-      if (vectors <= 0)
-        run(std::integral_constant<int, 0>());
-      else if (vectors == 1)
-        run(std::integral_constant<int, 1>());
-      else if (vectors == 2)
-        run(std::integral_constant<int, 2>());
-      else
-        run(std::integral_constant<int, kVectors>());
-      fetched += share;
-      if (b + 1 < blocks || rest == 0) return;
-      Product last = {group.rows, dots ? steps : rest_steps, live_count, copy, group.start};
-      last.floor = group.floor;
-      if (dots)
-        dot(last, row_count, rest, out, kTilePixels);
-      else
-        multiply<0, true>(last, row_count, rest, out, kTilePixels, [](int64_t, int64_t) {});
-      finish(end - begin, rest);
-    });
+    const int64_t shared = many_weights ? end - begin : span;
+    for (int64_t at = begin; at < end; at += shared)
+      for (int64_t channel = 0; channel == 0 || channel < live_count; channel += chunk) {
+        const int64_t count = std::min(chunk, live_count - channel), width = std::min(shared, end - at);
+        const bool last = channel + count == live_count;
+        for_groups([&](const RowGroup& group, float* sums, int64_t first, int64_t row_count) {
+          Product product = {group.rows, (packs ? packed_steps : steps) + channel, count,
+                             packs ? packed + at - begin : source + at, channel == 0 ? group.start : nullptr};
+          if (last) product.floor = group.floor;
+          // The last element of a vector is fetched: the first one may lie in a line that was read before.
+          const int64_t fetched = packs ? kVectors : share * (&group - row_groups);
+          product.ahead = next + fetched * kLanes + kLanes - 1;
+          const auto run = [&]<int prefetches>(std::integral_constant<int, prefetches>) {
+            multiply<prefetches, true>(product, row_count, width, sums, span, [&](int64_t tile_at, int64_t tile_width) {
+              if (last) finish(first, row_count, sums, at + tile_at, tile_width);
+            });
+          };
+          const int64_t vectors = std::min(share, kVectors - fetched);
+          if (vectors <= 0)
+            run(std::integral_constant<int, 0>());
+          else if (vectors == 1)
+            run(std::integral_constant<int, 1>());
+          else if (vectors == 2)
+            run(std::integral_constant<int, 2>());
+          else
+            run(std::integral_constant<int, kVectors>());
+        });
+      }
   }
+  if (rest == 0) return;
+  copy_rest();
+  for_groups([&](const RowGroup& group, float* sums, int64_t first, int64_t row_count) {
+    Product product = {group.rows, dots ? steps : rest_steps, live_count, copy, group.start};
+    product.floor = group.floor;
+    if (dots)
+      dot(product, row_count, rest, sums, span);
+    else
+      multiply<0, true>(product, row_count, rest, sums, span, [](int64_t, int64_t) {});
+    finish(first, row_count, sums, whole, rest);
+  });
 }
 
 // Few grid points: each tap's are gathered, so that vectors are full and nothing is computed only to be dropped.

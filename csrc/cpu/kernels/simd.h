@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../streams.h"
+
 namespace adakernels {
 namespace {
 
@@ -38,6 +40,21 @@ inline Vector<lanes> load(const float* p) {
 template <int lanes>
 inline void store(float* p, Vector<lanes> v) {
   *reinterpret_cast<typename VectorOf<lanes>::unaligned*>(p) = v;
+}
+
+// Past the caches; p at a multiple of the vector's size.
+template <int lanes>
+inline void stream(float* p, Vector<lanes> v) {
+#if defined(__AVX512F__)
+  if constexpr (lanes == 16) return _mm512_stream_ps(p, __m512(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (lanes == 8) return _mm256_stream_ps(p, __m256(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (lanes == 4) return _mm_stream_ps(p, __m128(v));
+#endif
+  store<lanes>(p, v);
 }
 
 // Positions in a pair of vectors, as a constant that is loaded and not built at run time.

@@ -15,9 +15,18 @@ struct Segment {
   int64_t from, target, count;
 };
 
+// streamed: whole lines go past the caches.
 template <typename T>
-inline void store_run(T* to, const float* from, int64_t count, int64_t hop) {
+inline void store_run(T* to, const float* from, int64_t count, int64_t hop, bool streamed = false) {
   if constexpr (std::is_same_v<T, float>) {
+    const int64_t head = streamed && hop == 1 ? bytes_to_line(to) / 4 : 0, lines = streamed ? (count - head) / 16 : 0;
+    if (lines > 0 && hop == 1) {
+      if (head > 0) store_run(to, from, head, 1);
+      to += head, from += head, count -= head;
+      for (int64_t i = 0; i < 16 * lines; i += kLanes) stream<kLanes>(to + i, load<kLanes>(from + i));
+      if (count > 16 * lines) store_run(to + 16 * lines, from + 16 * lines, count - 16 * lines, 1);
+      return;
+    }
     if (hop == 1) {
       // Whole vectors: the last one overlaps the one before.
       constexpr int half = kLanes > 4 ? kLanes / 2 : kLanes;
@@ -47,8 +56,10 @@ inline void store_typed(const Planes& planes, int64_t hop, int64_t frame, const 
   T* here = static_cast<T*>(planes.data) + plane_offset(planes, frame, route);
   for (int64_t s = 0; s < segment_count; ++s) {
     const Segment& segment = segments[s];
-    if (route.here) store_run(here + segment.target, row + segment.from, segment.count, hop);
-    if (route.next) store_run(here + planes.frame_stride + segment.target, row + segment.from, segment.count, hop);
+    const float* const from = row + segment.from;
+    if (route.here) store_run(here + segment.target, from, segment.count, hop, planes.streamed);
+    if (route.next)
+      store_run(here + planes.frame_stride + segment.target, from, segment.count, hop, planes.streamed);
   }
 }
 

@@ -118,9 +118,6 @@ inline auto with_method(const Convolution& conv, const Use& use) {
 // What the sums of as many rows take as are computed together.
 constexpr int64_t kSumBytes = 512 * 1024;
 
-// What of the points stays in a first-level cache while all rows are multiplied by it.
-constexpr int64_t kCloseBytes = 24 * 1024;
-
 // How many pixels of so many steps these are, in whole register tiles.
 inline int64_t close_pixels(int64_t step_count) {
   constexpr int64_t width = kVectors * kLanes;
@@ -433,11 +430,18 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   const int64_t finished_at = layout.add<float>(kFinished * outputs * outputs * blocks.room);
   const int64_t steps_at = layout.add<Step>(unit.live_count);
   const int64_t segments_at = layout.add<Segment>(outputs * blocks.rows);
+  // Rows are short, so those that are to go past the caches are joined first.
+  const int64_t hop = conv.target_step_x * conv.target.column_stride;
+  const int64_t tile_row = outputs * tile.y_begin, width = conv.grid_width;
+  const int64_t tile_points = std::min(outputs * blocks.rows, conv.grid_height - tile_row) * width;
+  const bool joins = conv.target.streamed && hop == 1 && conv.target_step_y * conv.target.row_stride == width;
+  const int64_t joined_at = layout.add<float>(joins ? tile_points + kLanes : 0);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   float* products = reinterpret_cast<float*>(memory + products_at);
   float* finished = reinterpret_cast<float*>(memory + finished_at);
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Segment* segments = reinterpret_cast<Segment*>(memory + segments_at);
+  float* joined = reinterpret_cast<float*>(memory + joined_at);
 
   for (int64_t i = 0; i < unit.live_count; ++i)
     steps[i] = {int32_t(live_number(conv, unit.live[i])), int32_t(i * blocks.count)};
@@ -445,7 +449,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   int64_t segment_count[outputs] = {};
   for (int64_t y = 0; y < blocks.rows; ++y)
     for (int64_t part = 0; part < outputs; ++part) {
-      const int64_t row = outputs * (tile.y_begin + y) + part;
+      const int64_t row = tile_row + outputs * y + part;
       if (row < conv.grid_height)
         segments[part * blocks.rows + segment_count[part]++] = {outputs * y * blocks.columns,
                                                                 target_offset(conv, row, 0), conv.grid_width};
@@ -479,7 +483,6 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
         dot(last, count, tail, out + end, row_room);
       });
   }
-  const int64_t hop = conv.target_step_x * conv.target.column_stride;
   const Activation activation = conv.accumulates ? Activation::none : conv.activation;
   for (int64_t first = 0; first < row_count; first += kFinished) {
     const int64_t end = std::min(first + kFinished, row_count);
@@ -489,16 +492,25 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
                              conv.bias ? conv.bias[unit.rows[tile.row_begin + r].channel] : 0.f, activation, output,
                              line);
     output = finished;
-    for (int64_t r = first; r < end; ++r)
-      for (int part = 0; part < outputs; ++part, output += line) {
-        const Route& route = unit.rows[tile.row_begin + r];
+    for (int64_t r = first; r < end; ++r, output += outputs * line) {
+      const Route& route = unit.rows[tile.row_begin + r];
+      if (joins) {
+        for (int64_t y = 0; y * width < tile_points; ++y)
+          store_run(joined + y * width, output + y % outputs * line + y / outputs * outputs * blocks.columns, width, 1);
+        const Segment whole = {0, target_offset(conv, tile_row, 0), tile_points};
+        store_route(conv.target, hop, unit.frame, route, joined, &whole, 1);
+        continue;
+      }
+      for (int part = 0; part < outputs; ++part) {
+        float* const lines = output + part * line;
         const Segment* list = segments + part * blocks.rows;
         if (conv.accumulates) {
-          add_target(conv.target, hop, unit.frame, route, output, list, segment_count[part]);
-          activate(conv.activation, output, outputs * blocks.count);
+          add_target(conv.target, hop, unit.frame, route, lines, list, segment_count[part]);
+          activate(conv.activation, lines, outputs * blocks.count);
         }
-        store_route(conv.target, hop, unit.frame, route, output, list, segment_count[part]);
+        store_route(conv.target, hop, unit.frame, route, lines, list, segment_count[part]);
       }
+    }
   }
 }
 
