@@ -89,6 +89,7 @@ struct Part {
 };
 
 constexpr int64_t kMadePerTask = 64 * 1024;  // elements
+constexpr int64_t kBlockPixels = 256;
 // What holds frames on their way to another format: little next to the output, and enough for the threads to share.
 constexpr int64_t kBufferBytes = 2 << 20, kBufferShare = 16;
 
@@ -112,12 +113,33 @@ double reconstruction_work(const std::vector<Part>& parts) {
   return work;
 }
 
-// One block for each group of frames.
-std::vector<Block> blocks_of_frames(const std::vector<Part>& parts) {
+// Whether so many blocks keep the threads about equally busy.
+bool balances(size_t blocks) {
+  const size_t threads = size_t(torch::stable::get_num_threads());
+  return blocks >= 4 * threads || (blocks > 0 && blocks % threads == 0);
+}
+
+// One block for each `groups` groups of frames.
+std::vector<Block> blocks_of_frames(const std::vector<Part>& parts, int64_t groups) {
   std::vector<Block> blocks;
   for (const Part& part : parts) {
-    const int64_t frames = part.what.frames, group = part.what.frame_group(), classes = part.what.channel_classes();
-    for (int64_t t = 0; t < frames; t += group) blocks.push_back({&part, t, std::min(t + group, frames), 0, classes});
+    const int64_t frames = part.what.frames, step = groups * part.what.frame_group();
+    for (int64_t t = 0; t < frames; t += step)
+      blocks.push_back({&part, t, std::min(t + step, frames), 0, part.what.channel_classes()});
+  }
+  return blocks;
+}
+
+// The same for as many groups as leave the threads equally busy, where a frame's planes are so small that each costs
+// little next to what is worked out for them all.
+std::vector<Block> blocks_of_frames(const std::vector<Part>& parts) {
+  std::vector<Block> blocks = blocks_of_frames(parts, 1);
+  if (!balances(blocks.size())) return blocks;
+  const int64_t fewest = 2 * int64_t(torch::stable::get_num_threads());
+  const int64_t plane = parts.front().what.height * parts.front().what.width;
+  for (int64_t groups = std::min(kBlockPixels / plane, int64_t(blocks.size()) / fewest); groups > 1; --groups) {
+    std::vector<Block> larger = blocks_of_frames(parts, groups);
+    if (int64_t(larger.size()) >= fewest && balances(larger.size())) return larger;
   }
   return blocks;
 }
@@ -139,12 +161,6 @@ std::vector<Block> blocks_of_classes(const std::vector<Part>& parts) {
                           classes * (c + 1) / class_parts});
   }
   return blocks;
-}
-
-// Whether so many blocks keep the threads about equally busy.
-bool balances(size_t blocks) {
-  const size_t threads = size_t(torch::stable::get_num_threads());
-  return blocks >= 4 * threads || (blocks > 0 && blocks % threads == 0);
 }
 
 Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_in, T, H, W]

@@ -139,6 +139,12 @@ FIXED = [
     Case(size=(6, 10, 8), channels=5, temporal="3 one", channel="none", clips=4),
     Case(size=(3, 9, 16), channels=5, temporal="none", channel="3 mixed", activation="relu"),
     Case(size=(4, 5, 32), channels=5, temporal="2 mixed", channel="3 one", activation="relu6"),
+    # Rows of an odd number of vectors, and as many rows as leave some for every size of a block of them.
+    Case(size=(3, 5, 48), channels=3, temporal="2 one", channel="3 mixed", activation="relu"),
+    Case(size=(3, 13, 16), channels=3, temporal="3 mixed", channel="2 one"),
+    # Small planes of so many frames that some groups of them are made together, the last group being shorter.
+    Case(size=(23, 8, 8), kernel=(1, 1, 1), padding=(0, 0, 0), temporal="3 one", channel="2 1", clips=4),
+    Case(size=(39, 4, 4), kernel=(1, 1, 1), padding=(0, 0, 0), temporal="2 1", channel="2 mixed", clips=2),
     # The same of depthwise convolutions, which sum planes as they lie.
     *(
         Case(

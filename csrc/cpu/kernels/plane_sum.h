@@ -14,6 +14,8 @@ namespace adakernels {
 namespace {
 
 constexpr int kSumVectors = 4;
+// Vectors of a row, and rows of one vector each, that share what a filter takes: as many as leave registers for it.
+constexpr int kSumAcross = kLanes == 16 ? 2 : 1, kSumRows = kLanes == 16 ? 8 : 4;
 constexpr int kMostFiltered = 8;
 
 using PlaneMask = VectorOf<kLanes>::integer;
@@ -43,6 +45,25 @@ inline Vector<kLanes> shift_left(Vector<kLanes> v, Vector<kLanes> after) {
 #else
   constexpr auto positions = indices<kLanes>([](int i) { return i + 1; });
   return shuffle<kLanes>(v, after, positions);
+#endif
+}
+
+// The same of two rows that share a vector, with zeros outside of them.
+inline Vector<kLanes> shift_half_right(Vector<kLanes> v) {
+#if defined(__AVX512F__)
+  return Vector<kLanes>(_mm512_maskz_alignr_epi32(0xfefe, __m512i(v), __m512i(v), kLanes - 1));
+#else
+  constexpr auto positions = indices<kLanes>([](int i) { return i % (kLanes / 2) == 0 ? kLanes : i - 1; });
+  return shuffle<kLanes>(v, Vector<kLanes>{}, positions);
+#endif
+}
+
+inline Vector<kLanes> shift_half_left(Vector<kLanes> v) {
+#if defined(__AVX512F__)
+  return Vector<kLanes>(_mm512_maskz_alignr_epi32(0x7f7f, __m512i(v), __m512i(v), 1));
+#else
+  constexpr auto positions = indices<kLanes>([](int i) { return i % (kLanes / 2) == kLanes / 2 - 1 ? kLanes : i + 1; });
+  return shuffle<kLanes>(v, Vector<kLanes>{}, positions);
 #endif
 }
 
@@ -129,8 +150,10 @@ class PlaneSum {
   // Overwrites `count` planes from `to` on, which may be those of one that is added unfiltered. Guarded ones stay that.
   void write(float* to, int64_t step, int64_t count, bool guarded, Activation activation) const {
     for (int64_t n = 0; n < count; ++n, to += step)
-      if (shape_.rows == PlaneShape::Rows::of_any_width)
-        write_flat(n, to, guarded, activation);
+      if (filtered_count_ == 0)
+        write_flat<false>(n, to, guarded, activation);
+      else if (shape_.rows == PlaneShape::Rows::of_any_width)
+        write_flat<true>(n, to, guarded, activation);
       else
         write_rows(n, 0, shape_.height, to, activation);
   }
@@ -154,6 +177,7 @@ class PlaneSum {
   };
 
   // A plane from its first vector to its last, whatever rows they are of.
+  template <bool filters>
   void write_flat(int64_t n, float* to, bool guarded, Activation activation) const {
     const int64_t size = shape_.size, whole = size / kLanes * kLanes;
     int64_t at = 0, x = 0;
@@ -161,7 +185,7 @@ class PlaneSum {
       Vector<kLanes> sum[count];
 #pragma GCC unroll 4
       for (int i = 0; i < count; ++i) sum[i] = broadcast<kLanes>(start_);
-      x = add_vectors<count>(n, at, x, sum);
+      if constexpr (filters) x = add_vectors<count>(n, at, x, sum);
       for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) sum[i] += w->weight * load<kLanes>(w->planes + n * w->step + at + i * kLanes);
@@ -173,7 +197,7 @@ class PlaneSum {
     while (at < whole) run(std::integral_constant<int, 1>());
     if (whole == size) return;
     Vector<kLanes> rest = broadcast<kLanes>(start_);
-    add_vectors<1>(n, at, x, &rest);
+    if constexpr (filters) add_vectors<1>(n, at, x, &rest);
     for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
       for (int64_t i = 0; i < size - whole; ++i) rest[i] += w->weight * w->planes[n * w->step + whole + i];
     rest = activate<kLanes>(activation, rest);
@@ -219,68 +243,109 @@ class PlaneSum {
 
   template <Rows rows>
   void write_blocks(int64_t n, int64_t begin, int64_t end, float* to, Activation activation) const {
-    const int64_t width = rows == Rows::several_vectors ? shape_.width : kLanes;
     int64_t y = begin;
-    for (; y + kSumVectors <= end; y += kSumVectors)
-      for (int64_t x = 0; x < width; x += kLanes) write_vectors<kSumVectors, rows>(n, y, x, to, activation);
-    for (; y < end; ++y)
-      for (int64_t x = 0; x < width; x += kLanes) write_vectors<1, rows>(n, y, x, to, activation);
+    const auto run = [&]<int count>(std::integral_constant<int, count>) {
+      for (; y + count <= end; y += count) {
+        if constexpr (rows != Rows::several_vectors) {
+          write_vectors<count, 1, rows, false, false>(n, y, 0, to, activation);
+          continue;
+        }
+        int64_t x = 0;
+        for (; x + kSumAcross * kLanes <= shape_.width; x += kSumAcross * kLanes)
+          write_across<count, kSumAcross>(n, y, x, to, activation);
+        for (; x < shape_.width; x += kLanes) write_across<count, 1>(n, y, x, to, activation);
+      }
+    };
+    if constexpr (rows == Rows::one_vector) run(std::integral_constant<int, kSumRows>());
+    run(std::integral_constant<int, kSumVectors>());
+    run(std::integral_constant<int, 1>());
   }
 
-  // A vector of each of `count` rows, or pairs of rows, from row or pair y on, at pixel x. Their taps share what is
-  // loaded.
-  template <int count, Rows rows>
+  // Some vectors of longer rows, as neighbours that they have in these ask for.
+  template <int count, int across>
+  void write_across(int64_t n, int64_t y, int64_t x, float* to, Activation activation) const {
+    constexpr Rows rows = Rows::several_vectors;
+    const bool has_right = x + across * kLanes < shape_.width;
+    if (x > 0 && has_right)
+      write_vectors<count, across, rows, true, true>(n, y, x, to, activation);
+    else if (x > 0)
+      write_vectors<count, across, rows, true, false>(n, y, x, to, activation);
+    else if (has_right)
+      write_vectors<count, across, rows, false, true>(n, y, x, to, activation);
+    else
+      write_vectors<count, across, rows, false, false>(n, y, x, to, activation);
+  }
+
+  // So many vectors of each of `count` rows, or one of pairs of rows, from row or pair y on, at pixel x. Their taps share
+  // what is loaded.
+  template <int count, int across, Rows rows, bool has_left, bool has_right>
   [[gnu::always_inline]] inline void write_vectors(int64_t n, int64_t y, int64_t x, float* to,
                                                    Activation activation) const {
     using V = Vector<kLanes>;
-    constexpr bool halves = rows == Rows::half_a_vector, several = rows == Rows::several_vectors;
+    constexpr bool halves = rows == Rows::half_a_vector;
     constexpr int apart = halves ? 2 : 1;  // rows from those of one vector to those of the next
-    const int64_t pitch = several ? shape_.width : kLanes, last = (halves ? shape_.height / 2 : shape_.height) - count;
-    const bool has_left = several && x > 0, has_right = several && x + kLanes < pitch;
-    V sum[count];
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) sum[i] = broadcast<kLanes>(start_);
+    const int64_t pitch = rows == Rows::several_vectors ? shape_.width : kLanes;
+    const int64_t last = (halves ? shape_.height / 2 : shape_.height) - count;
+    V sum[count][across];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < across; ++v) sum[i][v] = broadcast<kLanes>(start_);
     for (const Filtered* f = filtered_; f != filtered_ + filtered_count_; ++f) {
       V kernel[9];
 #pragma GCC unroll 9
       for (int i = 0; i < 9; ++i) kernel[i] = broadcast<kLanes>(f->kernel[i]);
       const float* plane = f->planes + n * f->step + y * pitch + x;
+      const float* const above = y == 0 ? shape_.zeros_ + x : plane - pitch;
+      const float* const below = y == last ? shape_.zeros_ + x : plane + count * pitch;
       // Vector i of the plane, counted from that of the first row.
-      const auto at = [&](int i) {
-        return (i < 0 && y == 0) || (i == count && y == last) ? shape_.zeros_ + x : plane + i * pitch;
-      };
+      const auto at = [&](int i) { return i < 0 ? above : i == count ? below : plane + i * pitch; };
 #pragma GCC unroll 12
       for (int r = 0; r < apart * (count - 1) + 3; ++r) {
-        V here, left = {}, right = {};
+        V here[across], left[across], right[across];
         if constexpr (halves) {
-          here = r % 2 == 0 ? join_halves(load<kLanes>(at(r / 2 - 1)), load<kLanes>(at(r / 2)))
-                            : load<kLanes>(at(r / 2));
-          left = masked(shift_right(here, here), shape_.inner_left(0));
-          right = masked(shift_left(here, here), shape_.inner_right(0));
+          here[0] = r % 2 == 0 ? join_halves(load<kLanes>(at(r / 2 - 1)), load<kLanes>(at(r / 2)))
+                               : load<kLanes>(at(r / 2));
+          left[0] = shift_half_right(here[0]);
+          right[0] = shift_half_left(here[0]);
         } else {
           const float* row = at(r - 1);
-          here = load<kLanes>(row);
-          if (has_left) left = load<kLanes>(row - kLanes);
-          if (has_right) right = load<kLanes>(row + kLanes);
-          left = shift_right(left, here);
-          right = shift_left(here, right);
+          V before = {}, after = {};
+          if constexpr (has_left) before = load<kLanes>(row - kLanes);
+          if constexpr (has_right) after = load<kLanes>(row + across * kLanes);
+#pragma GCC unroll 2
+          for (int v = 0; v < across; ++v) here[v] = load<kLanes>(row + v * kLanes);
+#pragma GCC unroll 2
+          for (int v = 0; v < across; ++v) {
+            left[v] = shift_right(v > 0 ? here[v - 1] : before, here[v]);
+            right[v] = shift_left(here[v], v + 1 < across ? here[v + 1] : after);
+          }
         }
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
           if (r < k || (r - k) % apart != 0 || (r - k) / apart >= count) continue;
-          V& one = sum[(r - k) / apart];
-          one += kernel[k * 3] * left;
-          one += kernel[k * 3 + 1] * here;
-          one += kernel[k * 3 + 2] * right;
+#pragma GCC unroll 2
+          for (int v = 0; v < across; ++v) {
+            V& one = sum[(r - k) / apart][v];
+            one += kernel[k * 3] * left[v];
+            one += kernel[k * 3 + 1] * here[v];
+            one += kernel[k * 3 + 2] * right[v];
+          }
         }
       }
     }
     const int64_t first = y * pitch + x;
     for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
-#pragma GCC unroll 4
-      for (int i = 0; i < count; ++i) sum[i] += w->weight * load<kLanes>(w->planes + n * w->step + first + i * pitch);
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) store<kLanes>(to + first + i * pitch, activate<kLanes>(activation, sum[i]));
+#pragma GCC unroll 8
+      for (int i = 0; i < count; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < across; ++v)
+          sum[i][v] += w->weight * load<kLanes>(w->planes + n * w->step + first + i * pitch + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < across; ++v)
+        store<kLanes>(to + first + i * pitch + v * kLanes, activate<kLanes>(activation, sum[i][v]));
   }
 
   const PlaneShape& shape_;

@@ -25,6 +25,7 @@ class ChannelMaker {
         step_(what.frame_step()),
         group_(what.frame_group()),
         frames_(std::max<int64_t>(1, kMadeBytes / 4 / shape_.pitch * step_ / group_) * group_) {
+    for (int64_t after = 0; after < group_; ++after) plan_frame(after);
     const int64_t planes = copies_ ? (std::min(what.frames, frames_) + step_ - 1) / step_ : 0;
     Layout layout;
     const int64_t tables_at = layout.add<float>(shape_.table_size());
@@ -57,6 +58,41 @@ class ChannelMaker {
     float scale;
   };
 
+  // What levels make from one frame for one that comes so many frames after it: they share a kernel, their sum.
+  struct Source {
+    int64_t frame;
+    float here;  // the weight of that frame itself
+    int count;   // of filters
+    struct {
+      int64_t number;
+      float weight;
+    } filters[kLevels];
+  };
+
+  // What makes the frame that comes `after` frames after a group's first one.
+  struct Frame {
+    int count;
+    Source sources[kLevels];
+  };
+
+  void plan_frame(int64_t after) {
+    Frame& frame = plan_[after];
+    frame.count = 0;
+    for (int64_t source = after; source >= 0; --source) {
+      Source one = {source, 0, 0, {}};
+      for (int level = 0; level < kLevels; ++level) {
+        const int64_t behind = after & ((int64_t(1) << level) - 1);
+        const float weight = what_.temporal[level];
+        if (weight == 0 || after - behind != source) continue;
+        if (behind == 0)
+          one.here += weight;
+        else
+          one.filters[one.count++] = {behind - 1, weight};
+      }
+      if (one.here != 0 || one.count > 0) frame.sources[frame.count++] = one;
+    }
+  }
+
   float* dense(int64_t channel, int64_t frame) const {
     return what_.planes + channel * what_.channel_stride + frame * what_.frame_stride;
   }
@@ -73,14 +109,16 @@ class ChannelMaker {
     sum_.clear();
     for (int level = 0; level < kLevels; ++level) {
       const float weight = what_.channel[level];
-      const int64_t computed = computed_channels(what_.channels, level);
       if (weight == 0) continue;
+      const int64_t computed = computed_channels(what_.channels, level);
       if (channel < computed) {
         own_weight += weight;
         continue;
       }
       mixes = true;
-      const float* const source = dense(channel % computed, first);
+      int64_t made_from = channel - computed;
+      while (made_from >= computed) made_from -= computed;
+      const float* const source = dense(made_from, first);
       if (copies_)
         sum_.add(source, step, weight);
       else
@@ -106,30 +144,25 @@ class ChannelMaker {
   // The channel in those frames of `count` groups that come `after` frames after a group's first one.
   void make_frames(const Planes& computed, int64_t channel, int64_t first, int64_t after, int64_t count) {
     const int64_t taps = what_.kernel * what_.kernel;
+    const Frame& frame = plan_[after];
+    if (after == 0 && frame.count == 1 && frame.sources[0].here * computed.scale == 1 && !copies_ &&
+        what_.activation == Activation::none)
+      return;
     sum_.clear();
-    // Levels that make this frame from the same one share a kernel.
-    for (int64_t source = after; source >= 0; --source) {
-      float kernel[9] = {}, here = 0;
-      bool filters = false;
-      for (int level = 0; level < kLevels; ++level) {
-        const int64_t behind = after & ((int64_t(1) << level) - 1);
-        const float weight = what_.temporal[level] * computed.scale;
-        if (weight == 0 || after - behind != source) continue;
-        if (behind == 0) {
-          here += weight;
-          continue;
-        }
-        const float* made = what_.temporal_weight + ((behind - 1) * what_.channels + channel) * taps;
-        for (int64_t i = 0; i < taps; ++i) kernel[i] += weight * made[i];
-        filters = true;
+    const int64_t step = group_ / step_ * computed.step;
+    for (const Source* source = frame.sources; source != frame.sources + frame.count; ++source) {
+      const float* const planes = computed.first + source->frame / step_ * computed.step;
+      if (source->count == 0) {
+        sum_.add(planes, step, source->here * computed.scale);
+        continue;
       }
-      const float* planes = computed.first + source / step_ * computed.step;
-      const int64_t step = group_ / step_ * computed.step;
-      if (filters)
-        sum_.add_filtered(planes, step, kernel);
-      else if (here != 0)
-        sum_.add(planes, step, here);
-      if (after == 0 && here == 1 && !copies_ && what_.activation == Activation::none) return;
+      float kernel[9] = {};
+      for (int i = 0; i < source->count; ++i) {
+        const float* const made =
+            what_.temporal_weight + (source->filters[i].number * what_.channels + channel) * taps;
+        for (int64_t t = 0; t < taps; ++t) kernel[t] += source->filters[i].weight * made[t];
+      }
+      sum_.add_filtered(planes, step, kernel, computed.scale);
     }
     sum_.write(dense(channel, first + after), group_ * what_.frame_stride, count, false, what_.activation);
   }
@@ -140,6 +173,7 @@ class ChannelMaker {
   bool copies_;
   int64_t step_, group_;
   int64_t frames_;  // made at once
+  Frame plan_[1 << (kLevels - 1)];
   float* mixed_;    // copies of the planes that a channel is made from, in every computed frame
   float* made_;     // and of the channel in every computed frame
 };
