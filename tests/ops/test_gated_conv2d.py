@@ -128,6 +128,9 @@ FIXED = [
     Case(stride=(2, 2), padding=(0, 2), size=(53, 20), channels=16, out_channels=17, activation="silu"),
     Case(stride=(2, 1), size=(28, 14), channels=8, out_channels=24),
     Case(size=(12, 68), channels=48, out_channels=19, policy="reuse"),
+    Case(size=(29, 33), channels=40, out_channels=21, activation="relu"),
+    Case(size=(28, 28), channels=33, out_channels=18, in_policy="mixed", layout="channels_last"),
+    Case(size=(18, 83), padding=(0, 2), channels=17, out_channels=40, in_policy="few_channels"),
     Case(size=(7, 7), channels=200, out_channels=48, frames=2, activation="relu"),
     Case(
         size=(9, 9),
@@ -287,6 +290,26 @@ def test_fuzz_backward(case: Case) -> None:
 def test_fixed_cases(case: Case, dtype: torch.dtype) -> None:
     check_forward(replace(case, dtype=dtype))
     check_backward(replace(case, dtype=dtype))
+
+
+# Outputs of more than 3 MiB are written past the caches, in whole lines wherever planes and rows begin.
+LARGE = [
+    Case(size=(56, 56), channels=9, out_channels=40, frames=4, activation="relu"),
+    Case(size=(57, 55), channels=5, out_channels=43, frames=4, in_policy="mixed"),
+    Case(size=(91, 93), stride=(2, 2), channels=6, out_channels=60, frames=4, bias=False),
+    Case(size=(59, 61), kernel=(1, 1), padding=(0, 0), channels=150, out_channels=38, frames=4),
+    Case(size=(29, 31), kernel=(1, 1), padding=(0, 0), channels=260, out_channels=270, frames=2),
+    Case(size=(14, 14), kernel=(1, 1), padding=(0, 0), channels=600, out_channels=520, frames=4, activation="silu"),
+    Case(size=(7, 7), channels=40, out_channels=2100, frames=4),
+    Case(size=(50, 51), kernel=(5, 5), padding=(2, 2), channels=3, out_channels=45, frames=4, layout="transposed"),
+]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("case", LARGE, ids=range(len(LARGE)))
+def test_large_outputs(case: Case) -> None:
+    check_forward(case)
+    check_forward(replace(case, policy="reuse", layout="channels_last", seed=1))
 
 
 @pytest.mark.parametrize("in_policy", ["none", "mixed"])
