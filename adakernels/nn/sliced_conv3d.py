@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeAlias, cast, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +14,6 @@ from adakernels.nn.packed_clips import PackedClips
 from adakernels.ops import sliced_conv3d, sliced_conv3d_flops
 from adakernels.ops._conv_arguments import autocast
 from adakernels.ops.sliced_conv3d import checked_packed_clips
-from adakernels.ops.slim_conv import plan, run_plan
 
 _Triple: TypeAlias = int | tuple[int, int, int]
 
@@ -182,17 +180,12 @@ def _frame_by_frame(
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups, activation
     offsets = checked_packed_clips(frames, weight, bias, temporal, clips.offsets, *geometry)
     padding: Any = conv.padding if isinstance(conv.padding, str) else conv.padding[1:]
-    in_space = conv.stride[1:], padding, conv.dilation[1:], conv.groups
-    weight = weight.squeeze(2)
-    if frames.is_cpu and not torch.is_grad_enabled():
-        # It chooses among more kernels than torch does, and has the activation in them.
-        planned = plan("slim_conv2d", frames, weight, bias, None, None, *in_space, activation)
-        frames, activation = run_plan(planned, frames, weight, bias), None
-    else:
-        frames = F.conv2d(frames, weight, bias, *in_space)
+    frames = F.conv2d(
+        frames, weight.squeeze(2), bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups
+    )
     if flops.counting:
         counts = sliced_conv3d_flops(
-            (*weight.shape[:2], 1, *weight.shape[2:]),
+            weight.shape,
             batch=clips.batch,
             output_size=(len(frames), *frames.shape[2:]),
             frame_offsets=offsets,

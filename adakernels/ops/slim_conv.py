@@ -748,19 +748,9 @@ def _slim_conv(
     *arguments: Any,
 ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
     input, weight, bias = autocast(facts(op, "input", input)[2], input, weight, bias)
-    planned = plan(op, input, weight, bias, *arguments)
-    record_work(op, planned.arguments, input, weight)
-    return run_plan(planned, input, weight, bias)
-
-
-def run_plan(
-    planned: Plan,
-    input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
-    weight: Tensor,  # [C_out, C_in/groups, ...]
-    bias: Tensor | None,  # [C_out]
-) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
-    """The result of the call that `plan` was made for, whose work is not counted."""
-    backend, (conv, out_channels, segments, groups) = planned
+    backend, slim = plan(op, input, weight, bias, *arguments)
+    record_work(op, slim, input, weight)
+    conv, out_channels, segments, groups = slim
     if conv.pad:
         input = F.pad(input, conv.pad)
     if backend == "reference":
