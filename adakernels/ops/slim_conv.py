@@ -90,9 +90,10 @@ class Form(NamedTuple):
 
     Attributes:
         fold: "frames" and "columns" make two dimensions of three where the kernel has no extent in time, or
-            in height and width; "" leaves the dimensions alone.
+            in height and width, "pixels" a row of channels of each point; "" leaves the dimensions alone.
         kernel: "native" for the kernels of this package, "onednn" for oneDNN's with a weight that may be
-            prepared, "torch" for the convolution that torch picks, "float" for that one in float32.
+            prepared, "linear" for its matrix product with a prepared one, "torch" for the convolution that
+            torch picks, "float" for that one in float32.
     """
 
     fold: str
@@ -159,8 +160,10 @@ def _cpu_form(
 
 def _folded(
     fold: str,
-    tensor: Tensor,  # [B, C, T, H, W]
-) -> Tensor:  # [B * T, C, H, W] or [B, C, T, H * W]
+    tensor: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
+) -> Tensor:  # [B * T, C, H, W], [B, C, T, H * W] or [N * H * W, C]
+    if fold == "pixels":
+        return tensor.movedim(1, -1).flatten(0, -2)
     if fold == "frames":
         return tensor.transpose(1, 2).flatten(0, 1)
     return tensor.flatten(3) if fold else tensor
@@ -179,11 +182,13 @@ def _unfolded(
 
 @lru_cache(maxsize=4096)
 def _folded_arguments(fold: str, conv: ConvArguments) -> tuple[list[int], list[int], list[int], int]:
-    kept = {"": slice(None), "frames": slice(1, None), "columns": slice(None, 2)}[fold]
+    kept = {"": slice(None), "frames": slice(1, None), "columns": slice(None, 2), "pixels": slice(0)}[fold]
     return list(conv.stride[kept]), list(conv.padding[kept]), list(conv.dilation[kept]), conv.groups
 
 
 def _folded_weight(fold: str, weight: Tensor) -> Tensor:
+    if fold == "pixels":
+        return weight.flatten(1)
     return weight[:, :, 0] if fold == "frames" else weight[..., 0] if fold else weight
 
 
@@ -203,9 +208,11 @@ def prepare(
     stride, padding, dilation, groups = _folded_arguments(form.fold, conv)
     weight = _folded_weight(form.fold, slim_weight(weight, out_channels, _pairs(segments)))
     bias = None if bias is None else bias[:out_channels].clone()
-    if form.kernel != "onednn":
+    if form.kernel not in ("onednn", "linear"):
         return weight.clone(memory_format=torch.contiguous_format), bias
     size = list(_folded(form.fold, torch.empty(shape, device="meta")).shape)
+    if form.kernel == "linear":
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), size[0]), bias
     weight = weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
     blocked = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
     return blocked, bias
@@ -236,12 +243,17 @@ class CpuConv:
         self.folded = _folded_geometry(form.fold, shape, format)
         self.unfolded = _geometry(output, format) if form.fold else None
         self.arguments = _folded_arguments(form.fold, conv)
-        rank = 2 + len(self.arguments[0])
-        self.order = torch.contiguous_format if format == torch.contiguous_format else CHANNELS_LAST[rank]
+        planar = form.kernel == "linear" or format == torch.contiguous_format
+        self.order = torch.contiguous_format if planar else CHANNELS_LAST[2 + len(self.arguments[0])]
         # oneDNN's operator, and what follows the tensors in a call of it.
-        self.onednn = torch.ops.mkldnn._convolution_pointwise.default if form.kernel == "onednn" else None
-        stride, padding, dilation, groups = self.arguments
-        self.pointwise = (padding, stride, dilation, groups, *ONEDNN_ACTIVATIONS[conv.activation], "")
+        self.onednn: Any = None
+        self.pointwise: tuple[Any, ...] = (*ONEDNN_ACTIVATIONS[conv.activation], "")
+        if form.kernel == "linear":
+            self.onednn = torch.ops.mkldnn._linear_pointwise.default
+        elif form.kernel == "onednn":
+            stride, padding, dilation, groups = self.arguments
+            self.onednn = torch.ops.mkldnn._convolution_pointwise.default
+            self.pointwise = (padding, stride, dilation, groups, *self.pointwise)
 
     def __call__(
         self,
@@ -287,8 +299,8 @@ def _folded_geometry(
     if not fold:
         return None
     folded = _folded(fold, torch.empty(tuple(shape), device="meta"))
-    inner = format != torch.contiguous_format
-    return _geometry(folded.shape, torch.channels_last if inner else torch.contiguous_format)
+    planar = fold == "pixels" or format == torch.contiguous_format
+    return _geometry(folded.shape, torch.contiguous_format if planar else torch.channels_last)
 
 
 @lru_cache(maxsize=4096)
@@ -703,9 +715,9 @@ def _cpu_call(
     shape, kernel = tuple(input[0]), tuple(weight[0][2:])
     form = _cpu_form(shape, format, input[1], kernel, slim.conv, slim.out_channels, has_onednn)
     conv = slim.conv
-    if form.kernel == "onednn" and {*kernel, *conv.stride} == {1} and not any(conv.padding):
-        # With the weight prepared, it gains nothing from views of fewer dimensions, and these take time too.
-        form = form._replace(fold="")
+    if form.kernel == "onednn" and {*kernel, *conv.stride, conv.groups} == {1} and not any(conv.padding):
+        # With the weight prepared, oneDNN's matrix product takes less time than its convolution.
+        form = Form("pixels", "linear")
     return CpuCall(slim, _cpu_conv(form, shape, format, slim.conv, slim.out_channels))
 
 

@@ -107,12 +107,11 @@ class Domain {
 };
 
 // Whether PyTorch's own convolution, oneDNN, computes runs of clips that have the same taps: it is the faster one where
-// channels are innermost in memory, as it wants them, and not very few.
+// channels are innermost in memory, as it wants them.
 bool runs_on_torch(const Problem& problem, const Tensor& input) {
-  constexpr int64_t kFewestChannels = 16;
   const KernelAxis& t = problem.t;
-  return problem.group_count == 1 && problem.in_channels >= kFewestChannels && is_channels_last(input) &&
-         t.stride == 1 && t.size % 2 == 1 && 2 * t.padding == t.dilation * (t.size - 1);
+  return problem.group_count == 1 && is_channels_last(input) && t.stride == 1 && t.size % 2 == 1 &&
+         2 * t.padding == t.dilation * (t.size - 1);
 }
 
 // Neighbouring clips that one call serves: of single frames for the centre tap, of clips of one length for all taps.

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,34 @@ def test_packed_clips_are_computed_one_by_one(kernel: tuple[int, int, int]) -> N
     )
     pooled = got.map(lambda frames: F.max_pool2d(frames, 2))
     torch.testing.assert_close((pooled + pooled).frames, 2 * F.max_pool2d(want, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)},
+        {"kernel_size": (1, 3, 3), "padding": "same", "dilation": (1, 2, 2), "bias": False},
+        {"kernel_size": 1, "stride": (1, 2, 2)},
+        {"kernel_size": (1, 3, 3), "groups": 2},
+    ],
+)
+def test_packed_clips_in_inference_without_taps_in_time(
+    kwargs: dict[str, Any], activation: str | None, dtype: torch.dtype, order: torch.memory_format
+) -> None:
+    conv = SlicedConv3d(32, 64, activation=activation, **kwargs).eval()
+    # Small maps, and ones that are large enough for the kernels of this package.
+    for rows, size in ((3, 5), (4, 30)):
+        clips = torch.randn(1, 32, rows, size, size).to(dtype)
+        packed = PackedClips.from_clips(clips).map(lambda frames: frames.contiguous(memory_format=order))
+        want = conv.to(dtype).double()(clips.double())[0].transpose(0, 1)
+        with torch.no_grad():
+            got = conv.to(dtype)(packed).frames
+        assert got.dtype == dtype and got.is_contiguous(memory_format=order)
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_through_a_packed_block() -> None:

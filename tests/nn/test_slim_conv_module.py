@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import adakernels as ak
 from adakernels.nn import SlimConv2d, SlimConv3d, SlimLinear
+from adakernels.ops._onednn import has_onednn
 
 WIDTH, SEGMENTS = 8, ((0, 8), (16, 24))
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
@@ -215,6 +216,30 @@ def test_a_width_is_prepared_once(clips: Tensor, monkeypatch: pytest.MonkeyPatch
             run(conv, clips)
         conv(clips, out_channels=16, segments=SEGMENTS)
     assert prepared == [WIDTH, 16, 4, WIDTH, 16]
+
+
+@pytest.mark.parametrize("kind", [SlimConv2d, SlimConv3d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_prepared_kernel_of_one_tap_is_a_product_of_matrices(
+    kind: type[nn.Module], dtype: torch.dtype, activation: str | None, bias: bool
+) -> None:
+    conv = kind(24, 40, 1, bias=bias, activation=activation).to(dtype).eval()
+    order = {SlimConv2d: torch.channels_last, SlimConv3d: torch.channels_last_3d}[kind]
+    for batch, size in ((2, 3), (1, 5)):
+        shape = (batch, 16, size, 4, 7)[: conv.weight.dim()]
+        input = torch.randn(shape).to(dtype).contiguous(memory_format=order)
+        for _ in range(2):
+            with torch.no_grad():
+                output = run(conv, input)
+            with ak.use_backend("reference"), torch.no_grad():
+                want = run(conv, input)
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(output, want, rtol=tolerance, atol=tolerance)
+            assert output.is_contiguous(memory_format=order)
+    if has_onednn(dtype):
+        assert {call.run.form for call in conv._prepared._entry[2].calls} == {("pixels", "linear")}
 
 
 def test_calls_that_take_turns_are_each_validated_once(
