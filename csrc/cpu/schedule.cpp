@@ -20,6 +20,9 @@ namespace {
 // Transformed blocks of a tile. They need not all stay close: the points of one sum are used up for all rows before
 // those of the next are read, and splitting a map leaves vectors half empty.
 constexpr int64_t kPointBytes = 1344 * 1024;
+// Half of that for blocks of 4x4 where a second-level cache holds the transformed kernels, so that reading them again
+// costs little. Blocks of stride 2 lose more in vectors left half empty.
+constexpr int64_t kStayingKernels = 768 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
 // Smaller maps leave vectors of 2x2 blocks half empty, and transforming their kernels costs more than it saves.
@@ -65,7 +68,9 @@ void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::
   const int64_t block_rows = ceil_div(conv.grid_height, block), block_columns = ceil_div(conv.grid_width, block);
   for (const Unit& unit : units) {
     const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, unit, Tile{0, 1, 0, block_columns, 0, 0});
-    const int64_t least = ceil_div(block_rows, std::max<int64_t>(1, kPointBytes / row_bytes));
+    const bool kernels_stay = block == 4 && unit.row_count * conv.winograd.row_stride * 4 <= kStayingKernels;
+    const int64_t fitting = (kernels_stay ? kPointBytes / 2 : kPointBytes) / row_bytes;
+    const int64_t least = ceil_div(block_rows, std::max<int64_t>(1, fitting));
     const int64_t parts = winograd_parts(least, block_rows, block_columns, kernels.lanes);
     const int64_t wanted = ceil_div(enough, int64_t(units.size()) * parts);
     const int64_t row_parts = std::clamp<int64_t>(ceil_div(unit.row_count, 2 * kRowsPerTask), 1, wanted);

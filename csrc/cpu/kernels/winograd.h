@@ -116,7 +116,7 @@ inline auto with_method(const Convolution& conv, const Use& use) {
 }
 
 // What the sums of as many rows take as are computed together.
-constexpr int64_t kSumBytes = 512 * 1024;
+constexpr int64_t kSumBytes = 256 * 1024;
 
 // How many pixels of so many steps these are, in whole register tiles.
 inline int64_t close_pixels(int64_t step_count) {
