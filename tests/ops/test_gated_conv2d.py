@@ -299,9 +299,25 @@ LARGE = [
     Case(size=(91, 93), stride=(2, 2), channels=6, out_channels=60, frames=4, bias=False),
     Case(size=(59, 61), kernel=(1, 1), padding=(0, 0), channels=150, out_channels=38, frames=4),
     Case(size=(29, 31), kernel=(1, 1), padding=(0, 0), channels=260, out_channels=270, frames=2),
-    Case(size=(14, 14), kernel=(1, 1), padding=(0, 0), channels=600, out_channels=520, frames=4, activation="silu"),
+    Case(
+        size=(14, 14),
+        kernel=(1, 1),
+        padding=(0, 0),
+        channels=600,
+        out_channels=520,
+        frames=4,
+        activation="silu",
+    ),
     Case(size=(7, 7), channels=40, out_channels=2100, frames=4),
-    Case(size=(50, 51), kernel=(5, 5), padding=(2, 2), channels=3, out_channels=45, frames=4, layout="transposed"),
+    Case(
+        size=(50, 51),
+        kernel=(5, 5),
+        padding=(2, 2),
+        channels=3,
+        out_channels=45,
+        frames=4,
+        layout="transposed",
+    ),
 ]
 
 
