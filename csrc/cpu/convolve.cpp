@@ -444,7 +444,8 @@ void convolve(const Problem& problem, const Tensor& input, const Tensor& weight,
   Operands operands(problem, input, weight, bias, activation, output);
   Convolution& conv = operands.conv;
   conv.accumulates = use == OutputUse::added_to;
-  conv.target.streamed = use == OutputUse::final && output.numel() * 4 >= kStreamedBytes;
+  conv.target.streamed = use == OutputUse::final && conv.target.column_stride == 1 &&
+                         output.numel() * 4 >= kStreamedBytes;
   const bool zeroes = conv.channels > 0 && !zeros.empty();
   if (zeroes) conv.zeros = &zeros;
   const std::vector<Unit> units = make_units(operands.strides, conv.rows_per_live > 0);

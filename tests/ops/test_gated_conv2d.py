@@ -370,6 +370,16 @@ def test_every_instruction_set(on_instruction_set: Callable[..., None]) -> None:
     on_instruction_set(f"{Path(__file__)}::test_fixed_cases", "-k", "cpu")
 
 
+@pytest.mark.usefixtures("cpu_backend")
+def test_error_of_large_blocks() -> None:
+    torch.manual_seed(0)
+    input, weight = torch.randn(2, 256, 28, 28), torch.randn(20, 256, 3, 3)
+    policy = torch.full((2, 20), KEEP)
+    got = ak.gated_conv2d(input, weight, policy=policy, padding=1)
+    want = F.conv2d(input.double(), weight.double(), padding=1)
+    assert (got - want).abs().max() < 4e-6 * want.abs().max()
+
+
 def test_reference_is_the_definition() -> None:
     t = make(Case(clips=2, frames=3, in_policy="mixed", activation="relu"))
     got = gated_conv2d_reference(

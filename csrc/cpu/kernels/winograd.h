@@ -41,8 +41,8 @@ struct UnitStrideBy2 {
   }
 };
 
-// F(4, 3): 6 multiplications for 12. It interpolates at 0, ±√½, ±√2 and infinity, whose powers differ so little that
-// rounding errors stay those of the direct sum; the usual 0, ±1, ±2 make them several times as large.
+// F(4, 3): 6 multiplications for 12. It interpolates at 0, ±√½, ±√2 and infinity, because powers that differ little keep
+// more digits than those of the customary 0, ±1, ±2.
 struct UnitStrideBy4 {
   static constexpr int outputs = 4, step = 4, size = 6, sums = 6;
   static constexpr int kernel[size] = {0, 1, 2, 3, 4, 5}, sum[size] = {0, 1, 2, 3, 4, 5};
