@@ -103,7 +103,7 @@ void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> un
     return unit.weight_offset == 0;
   });
   if (conv.rows_per_live == 0) flatten_grid(conv);
-  const int64_t block = whole_weights ? winograd_block(conv, kernels.pixel_block) : 0;
+  const int64_t block = whole_weights ? winograd_block(conv, row_count * live_count, kernels.pixel_block) : 0;
   if (block > 0) transform_weights(conv, block, units, row_count, live_count, kernels, call_scratch());
   if (conv.channels > 0) {
     const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
@@ -444,8 +444,8 @@ void convolve(const Problem& problem, const Tensor& input, const Tensor& weight,
   Operands operands(problem, input, weight, bias, activation, output);
   Convolution& conv = operands.conv;
   conv.accumulates = use == OutputUse::added_to;
-  conv.target.streamed = use == OutputUse::final && conv.target.column_stride == 1 &&
-                         output.numel() * 4 >= kStreamedBytes;
+  conv.target.streamed = use == OutputUse::final && conv.target.scalar == Scalar::f32 &&
+                         conv.target.column_stride == 1 && output.numel() * 4 >= kStreamedBytes;
   const bool zeroes = conv.channels > 0 && !zeros.empty();
   if (zeroes) conv.zeros = &zeros;
   const std::vector<Unit> units = make_units(operands.strides, conv.rows_per_live > 0);

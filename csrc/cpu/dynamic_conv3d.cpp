@@ -89,6 +89,7 @@ struct Part {
 };
 
 constexpr int64_t kMadePerTask = 64 * 1024;  // elements
+// What a block computes of each channel, if there are blocks enough: filters are set up once for all of it.
 constexpr int64_t kBlockPixels = 256;
 // What holds frames on their way to another format: little next to the output, and enough for the threads to share.
 constexpr int64_t kBufferBytes = 2 << 20, kBufferShare = 16;

@@ -23,6 +23,8 @@ constexpr int64_t kPointBytes = 1344 * 1024;
 // Half of that for blocks of 4x4 where a second-level cache holds the transformed kernels, so that reading them again
 // costs little. Blocks of stride 2 lose more in vectors left half empty.
 constexpr int64_t kStayingKernels = 768 * 1024;
+// Kernels transformed for blocks of 4x4 are four times the weights; larger ones would weigh more than the products saved.
+constexpr int64_t kLargestKernels = 6 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
 // Smaller maps leave vectors of 2x2 blocks half empty, and transforming their kernels costs more than it saves.
@@ -173,7 +175,7 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
-int64_t winograd_block(const Convolution& conv, int64_t pixel_block) {
+int64_t winograd_block(const Convolution& conv, int64_t kernel_count, int64_t pixel_block) {
   if (conv.grid_height * conv.grid_width < kWinogradPoints) return 0;
   const int64_t step = conv.step_y;
   if (number_stride(conv) == 0) return 0;
@@ -183,7 +185,9 @@ int64_t winograd_block(const Convolution& conv, int64_t pixel_block) {
   // Nine taps may also be what is left of a larger kernel; then they do not lie the same distance apart.
   for (size_t i = 0; i < 9; ++i)
     if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return 0;
-  return step == 1 && ceil_div(conv.grid_height, 4) * ceil_div(conv.grid_width, 4) >= pixel_block ? 4 : 2;
+  const auto blocks = [&](int64_t side) { return ceil_div(conv.grid_height, side) * ceil_div(conv.grid_width, side); };
+  const bool fewer_products = 36 * blocks(4) < 16 * blocks(2);
+  return step == 1 && fewer_products && blocks(4) >= pixel_block && 36 * 4 * kernel_count <= kLargestKernels ? 4 : 2;
 }
 
 namespace {

@@ -103,7 +103,6 @@ def test_packed_clips_in_inference_without_taps_in_time(
     kwargs: dict[str, Any], activation: str | None, dtype: torch.dtype, order: torch.memory_format
 ) -> None:
     conv = SlicedConv3d(32, 64, activation=activation, **kwargs).eval()
-    # Small maps, and ones that are large enough for the kernels of this package.
     for rows, size in ((3, 5), (4, 30)):
         clips = torch.randn(1, 32, rows, size, size).to(dtype)
         packed = PackedClips.from_clips(clips).map(lambda frames: frames.contiguous(memory_format=order))

@@ -326,6 +326,7 @@ LARGE = [
 def test_large_outputs(case: Case) -> None:
     check_forward(case)
     check_forward(replace(case, policy="reuse", layout="channels_last", seed=1))
+    check_forward(replace(case, dtype=torch.bfloat16, clips=2 * case.clips, seed=2))
 
 
 @pytest.mark.parametrize("in_policy", ["none", "mixed"])
@@ -367,7 +368,8 @@ def test_wrong_results_are_beyond_rounding(
 
 
 def test_every_instruction_set(on_instruction_set: Callable[..., None]) -> None:
-    on_instruction_set(f"{Path(__file__)}::test_fixed_cases", "-k", "cpu")
+    tests = ("test_fixed_cases", "test_large_outputs", "test_error_of_large_blocks")
+    on_instruction_set(*(f"{Path(__file__)}::{test}" for test in tests), "-k", "cpu or error")
 
 
 @pytest.mark.usefixtures("cpu_backend")

@@ -82,7 +82,8 @@ inline void multiply_and_store(const Convolution& conv, const Unit& unit, const 
   });
 }
 
-constexpr int64_t kManyWeights = 2 * kSourceBytes;  // bytes
+// Bytes of weights that are read once for larger blocks, and of such a block.
+constexpr int64_t kManyWeights = 512 * 1024, kLargeBlock = 512 * 1024;
 
 // Whether so many planes lie so far apart that most of what a register tile reads of them meets in a few sets of the
 // caches, which cannot hold it.
@@ -108,10 +109,10 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const int64_t row_end = std::min(tile.row_end, unit.row_count);
   const int64_t groups = (row_end - tile.row_begin + kRows - 1) / kRows;
   const bool packs = groups > 1 && collides(planes.channel_stride, live_count);
-  // Weights that the second-level cache would not keep from one register tile's pixels to the next are read once for as
-  // many pixels as it can hold instead.
+  // Weights that the second-level cache would not keep from one register tile's pixels to the next are read once for
+  // many of these instead.
   const bool many_weights = (row_end - tile.row_begin) * live_count * 4 > kManyWeights;
-  const int64_t block_bytes = many_weights ? kManyWeights : kSourceBytes / 2;
+  const int64_t block_bytes = many_weights ? kLargeBlock : kSourceBytes / 2;
   const int64_t fitting = std::max<int64_t>(1, block_bytes / (4 * std::max<int64_t>(1, live_count) * span));
   const int64_t blocks = (spans + fitting - 1) / fitting;
   // From a packed channel to the next: an odd number of vectors, so that these do not collide again.
@@ -121,7 +122,8 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const int64_t copy_at = layout.add<float>(live_count * kLanes);
   const int64_t packed_steps_at = layout.add<Step>(packs ? live_count : 0);
   const int64_t packed_at = layout.add<float>(packs ? live_count * pitch : 0);
-  const int64_t groups_at = layout.add<RowGroup>(groups), out_at = layout.add<float>((row_end - tile.row_begin) * span + kTilePixels);
+  const int64_t groups_at = layout.add<RowGroup>(groups);
+  const int64_t out_at = layout.add<float>((many_weights ? kRows : row_end - tile.row_begin) * span + kTilePixels);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   Step* steps = reinterpret_cast<Step*>(memory + steps_at);
   Step* rest_steps = reinterpret_cast<Step*>(memory + rest_steps_at);
@@ -148,8 +150,9 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   };
 
   // All groups of rows read a block from the second-level cache while the next one is fetched from memory: by the first
-  // groups, which share the vectors of a register tile, so that memory has time. Unless weights are many, all groups read
-  // those channels of a register tile's pixels that the first-level cache holds before they go on to the next ones.
+  // groups, which share the vectors of a register tile, so that memory has time. Unless weights are many, all groups
+  // read those channels of a register tile's pixels that the first-level cache holds before they go on to the next ones;
+  // the sums of a tile wait in `out`.
   const int64_t share = groups > 0 ? (kVectors + groups - 1) / groups : 0;
   const int64_t chunk = spans > 1 && !many_weights ? kCloseBytes / (4 * span) : std::max<int64_t>(1, live_count);
   const auto finish = [&](int64_t first, int64_t count, float* sums, int64_t at, int64_t width) {
@@ -163,7 +166,7 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
   const auto for_groups = [&](const auto& use) {
     const RowGroup* rows = row_groups;
     for_row_groups(tile.row_begin, row_end, [&](int64_t first, int64_t count) {
-      use(*rows++, out + (first - tile.row_begin) * span, first, count);
+      use(*rows++, many_weights ? out : out + (first - tile.row_begin) * span, first, count);
     });
   };
   for (int64_t b = 0; b < blocks; ++b) {

@@ -276,8 +276,8 @@ class PlaneSum {
       write_vectors<count, across, rows, false, false>(n, y, x, to, activation);
   }
 
-  // So many vectors of each of `count` rows, or one of pairs of rows, from row or pair y on, at pixel x. Their taps share
-  // what is loaded.
+  // So many vectors of each of `count` rows, or one of pairs of rows, from row or pair y on, at pixel x. Their taps
+  // share what is loaded.
   template <int count, int across, Rows rows, bool has_left, bool has_right>
   [[gnu::always_inline]] inline void write_vectors(int64_t n, int64_t y, int64_t x, float* to,
                                                    Activation activation) const {

@@ -19,12 +19,13 @@ struct Segment {
 template <typename T>
 inline void store_run(T* to, const float* from, int64_t count, int64_t hop, bool streamed = false) {
   if constexpr (std::is_same_v<T, float>) {
-    const int64_t head = streamed && hop == 1 ? bytes_to_line(to) / 4 : 0, lines = streamed ? (count - head) / 16 : 0;
-    if (lines > 0 && hop == 1) {
+    constexpr int64_t line = kLineBytes / 4;
+    const int64_t head = bytes_to_line(to) / 4;
+    if (streamed && hop == 1 && count >= head + line) {
+      const int64_t end = head + (count - head) / line * line;
       if (head > 0) store_run(to, from, head, 1);
-      to += head, from += head, count -= head;
-      for (int64_t i = 0; i < 16 * lines; i += kLanes) stream<kLanes>(to + i, load<kLanes>(from + i));
-      if (count > 16 * lines) store_run(to + 16 * lines, from + 16 * lines, count - 16 * lines, 1);
+      for (int64_t i = head; i < end; i += kLanes) stream<kLanes>(to + i, load<kLanes>(from + i));
+      if (count > end) store_run(to + end, from + end, count - end, 1);
       return;
     }
     if (hop == 1) {

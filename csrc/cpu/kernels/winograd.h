@@ -41,8 +41,8 @@ struct UnitStrideBy2 {
   }
 };
 
-// F(4, 3): 6 multiplications for 12. It interpolates at 0, ±√½, ±√2 and infinity, because powers that differ little keep
-// more digits than those of the customary 0, ±1, ±2.
+// F(4, 3): 6 multiplications for 12. It interpolates at 0, ±√½, ±√2 and infinity, because powers that differ little
+// keep more digits than those of the customary 0, ±1, ±2.
 struct UnitStrideBy4 {
   static constexpr int outputs = 4, step = 4, size = 6, sums = 6;
   static constexpr int kernel[size] = {0, 1, 2, 3, 4, 5}, sum[size] = {0, 1, 2, 3, 4, 5};
@@ -80,9 +80,9 @@ struct UnitStrideBy4 {
   }
 };
 
-// At stride 2 the outer taps read odd pixels, to which they are a kernel of two taps at stride 1, F(2, 2); the middle one
-// reads even pixels, each for one output, and its products join the sums that go to that output alone: 5 for 6. Blocks
-// of 4 would take 9 for 12, but also more sums, kernels and vectors than registers hold, and were slower.
+// At stride 2 the outer taps read odd pixels, to which they are a kernel of two taps at stride 1, F(2, 2); the middle
+// one reads even pixels, each for one output, and its products join the sums that go to that output alone: 5 for 6.
+// Blocks of 4 would take 9 for 12, but also more sums, kernels and vectors than registers hold, and were slower.
 struct StrideTwo {
   static constexpr int outputs = 2, step = 4, size = 5, sums = 3;
   static constexpr int kernel[size] = {0, 3, 1, 3, 2}, sum[size] = {0, 0, 1, 2, 2};
@@ -434,7 +434,8 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
   const int64_t tile_row = outputs * tile.y_begin, width = conv.grid_width;
   const int64_t tile_points = std::min(outputs * blocks.rows, conv.grid_height - tile_row) * width;
-  const bool joins = conv.target.streamed && hop == 1 && conv.target_step_y * conv.target.row_stride == width;
+  const bool joins = conv.target.streamed && !conv.accumulates && hop == 1 &&
+                     conv.target_step_y * conv.target.row_stride == width;
   const int64_t joined_at = layout.add<float>(joins ? tile_points + kLanes : 0);
   char* memory = static_cast<char*>(scratch.reserve(layout.bytes()));
   float* products = reinterpret_cast<float*>(memory + products_at);
