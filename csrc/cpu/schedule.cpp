@@ -23,7 +23,8 @@ constexpr int64_t kPointBytes = 1344 * 1024;
 // Half of that for blocks of 4x4 where a second-level cache holds the transformed kernels, so that reading them again
 // costs little. Blocks of stride 2 lose more in vectors left half empty.
 constexpr int64_t kStayingKernels = 768 * 1024;
-// Kernels transformed for blocks of 4x4 are four times the weights; larger ones would weigh more than the products saved.
+// Kernels transformed for blocks of 4x4 are four times the weights; larger ones would weigh more than the products that
+// they save.
 constexpr int64_t kLargestKernels = 6 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
@@ -211,7 +212,6 @@ bool can_use_depthwise_channels(const Convolution& conv, int64_t source_channels
 
 void transform_weights(Convolution& conv, int64_t block, std::span<const Unit> units, int64_t row_count,
                        int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
-  conv.winograd.block = block;
   std::vector<bool> used(size_t(row_count), false);
   for (const Unit& unit : units)
     for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
@@ -221,6 +221,7 @@ void transform_weights(Convolution& conv, int64_t block, std::span<const Unit> u
   const int64_t point_stride = kernels.winograd_point_stride(channel_count), points = (block + 2) * (block + 2);
   const int64_t row_stride = points * point_stride;
   float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
+  conv.winograd = {transformed, row_stride, point_stride, block};
   constexpr int64_t chunk = 8;
   const int64_t count = ceil_div(int64_t(rows.size()), chunk);
   run_tasks(count, double(points) * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
@@ -228,9 +229,6 @@ void transform_weights(Convolution& conv, int64_t block, std::span<const Unit> u
       kernels.winograd_weights(conv, rows[size_t(r)], channel_count, transformed + rows[size_t(r)] * row_stride,
                                point_stride);
   });
-  conv.winograd.weight = transformed;
-  conv.winograd.row_stride = row_stride;
-  conv.winograd.point_stride = point_stride;
 }
 
 int64_t enough_tasks() { return kTasksPerThread * int64_t(torch::stable::get_num_threads()); }

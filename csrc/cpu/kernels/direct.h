@@ -151,7 +151,7 @@ inline void convolve_in_place(const Convolution& conv, const Unit& unit, const T
 
   // All groups of rows read a block from the second-level cache while the next one is fetched from memory: by the first
   // groups, which share the vectors of a register tile, so that memory has time. Unless weights are many, all groups
-  // read those channels of a register tile's pixels that the first-level cache holds before they go on to the next ones;
+  // read those channels of a register tile's pixels that the first-level cache holds before they go on to the next;
   // the sums of a tile wait in `out`.
   const int64_t share = groups > 0 ? (kVectors + groups - 1) / groups : 0;
   const int64_t chunk = spans > 1 && !many_weights ? kCloseBytes / (4 * span) : std::max<int64_t>(1, live_count);

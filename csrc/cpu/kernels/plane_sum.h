@@ -97,26 +97,27 @@ class PlaneShape {
 
   bool reads_as_they_lie() const { return kernel == 1 || rows != Rows::of_any_width; }
   // Floats that the tables take.
-  int64_t table_size() const { return 2 * (width + kLanes) + zero_count(); }
+  int64_t table_size() const { return 2 * mask_count() + zero_count(); }
 
   void fill_tables(float* memory) {
     int32_t* masks = reinterpret_cast<int32_t*>(memory);
-    for (int64_t i = 0; i < width + kLanes; ++i) {
+    for (int64_t i = 0; i < mask_count(); ++i) {
       masks[i] = i % width == 0 ? 0 : -1;
-      masks[width + kLanes + i] = i % width == width - 1 ? 0 : -1;
+      masks[mask_count() + i] = i % width == width - 1 ? 0 : -1;
     }
     masks_ = masks;
-    std::fill_n(memory + 2 * (width + kLanes), zero_count(), 0.f);
-    zeros_ = memory + 2 * (width + kLanes);
+    zeros_ = std::fill_n(memory + 2 * mask_count(), zero_count(), 0.f) - zero_count();
   }
 
  private:
   friend class PlaneSum;
   static int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
   int64_t zero_count() const { return std::max<int64_t>(width, kLanes); }
+  // Rows that are read as they lie get along without masks.
+  int64_t mask_count() const { return reads_as_they_lie() ? 0 : width + kLanes; }
   // -1 for those pixels of a vector from pixel x of a row on that have a left, a right neighbour.
   PlaneMask inner_left(int64_t x) const { return load_mask(masks_ + x); }
-  PlaneMask inner_right(int64_t x) const { return load_mask(masks_ + width + kLanes + x); }
+  PlaneMask inner_right(int64_t x) const { return load_mask(masks_ + mask_count() + x); }
 
   int64_t lanes_in_row_;  // modulo whole rows
   const int32_t* masks_;
