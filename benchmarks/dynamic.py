@@ -125,6 +125,21 @@ class DynamicLayer:
         levels = torch.tensor(case.levels)
         self.gates = [F.one_hot(levels[:, i], LEVELS).float() for i in (0, 1)]
         self.taps = [self.weight[:, :, j].contiguous() for j in range(case.kernel[0])]
+        self._bind()
+
+    def _bind(self) -> None:
+        """Put the arguments of the operators together, as modules hold them, so that no call has to."""
+        case = self.case
+        self._dense = (self.input, self.weight, self.bias, case.strides, case.padding, 1, case.groups)
+        self._positional = (self.input, self.weight, self.bias, *self.gates)
+        self._named = {
+            "temporal_weight": self.temporal_weight,
+            "channel_weight": self.channel_weight,
+            "stride": case.strides,
+            "padding": case.padding,
+            "groups": case.groups,
+            "activation": "relu",
+        }
 
     def in_format(self, name: str) -> DynamicLayer:
         """The same layer in the memory format of that name."""
@@ -132,14 +147,12 @@ class DynamicLayer:
         other.input = self.input.contiguous(memory_format=FORMATS[name])
         other.weight = self.weight.contiguous(memory_format=FORMATS[name])
         other.taps = [tap.contiguous(memory_format=FRAME_FORMATS[name]) for tap in self.taps]
+        other._bind()
         return other
 
     def dense(self) -> Tensor:
         """The 3D convolution of everything, then ReLU in place."""
-        case = self.case
-        return F.conv3d(
-            self.input, self.weight, self.bias, case.strides, case.padding, groups=case.groups
-        ).relu_()
+        return F.conv3d(*self._dense).relu_()
 
     def summed(self) -> Tensor:
         """The same as a sum over temporal taps of 2D convolutions of all frames, then ReLU in place."""
@@ -150,26 +163,16 @@ class DynamicLayer:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and named arguments of the package's operator."""
-        case = self.case
-        named = {
-            "temporal_weight": self.temporal_weight,
-            "channel_weight": self.channel_weight,
-            "stride": case.strides,
-            "padding": case.padding,
-            "groups": case.groups,
-            "activation": "relu",
-        }
-        return (self.input, self.weight, self.bias, *self.gates), named
+        return self._positional, self._named
 
     def ours(self) -> Tensor:
         """The package's operator, gates and reconstruction included."""
-        positional, named = self.arguments()
-        return ak.dynamic_conv3d(*positional, **named)
+        return ak.dynamic_conv3d(*self._positional, **self._named)
 
     def masked(self) -> Tensor:
         """The same math as ours after the dense convolution, by torch's operators for each clip's level."""
         case = self.case
-        output = F.conv3d(self.input, self.weight, self.bias, case.strides, case.padding, groups=case.groups)
+        output = F.conv3d(*self._dense)
         clips = []
         for clip, (frame_level, channel_level) in zip(output.split(1), case.levels, strict=True):
             clip = reconstruct_channels(clip, self.channel_weight, channel_level)
@@ -183,8 +186,7 @@ class DynamicLayer:
 
     def backend(self) -> str | None:
         """The backend that runs the operator."""
-        positional, named = self.arguments()
-        return ak.explain(ak.dynamic_conv3d, *positional, **named).backend
+        return ak.explain(ak.dynamic_conv3d, *self._positional, **self._named).backend
 
 
 @dataclass(frozen=True)

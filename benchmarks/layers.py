@@ -41,12 +41,28 @@ class Layer:
         if case.skipped is not None:
             self.in_policy = draw_in_policy(case.skipped, case.batch, shape.in_channels, case.seed)
             self.input *= (self.in_policy != SKIP)[..., None, None]
+        self._bind()
+
+    def _bind(self) -> None:
+        """Put the arguments of the operators together, as modules hold them, so that no call has to."""
+        shape = self.shape
+        self._dense = (self.input, self.weight, self.bias, shape.stride, shape.padding, 1, shape.groups)
+        self._positional = (self.input, self.weight, self.bias, self.policy)
+        self._named = {
+            "frames": self.frames,
+            "stride": shape.stride,
+            "padding": shape.padding,
+            "groups": shape.groups,
+            "in_policy": self.in_policy,
+            "activation": shape.activation,
+        }
 
     def in_format(self, name: str) -> Layer:
         """The same layer in the memory format of that name."""
         other = copy(self)
         other.input = self.input.contiguous(memory_format=FORMATS[name])
         other.weight = self.weight.contiguous(memory_format=FORMATS[name])
+        other._bind()
         return other
 
     @property
@@ -54,21 +70,20 @@ class Layer:
         """work_ours / work_dense, from the policies drawn."""
         return work_ratio(self.shape, self.policy, self.in_policy, self.frames)
 
-    def _conv(self, input: Tensor) -> Tensor:
-        shape = self.shape
-        output = F.conv2d(input, self.weight, self.bias, shape.stride, shape.padding, groups=shape.groups)
-        return output if shape.activation is None else ACTIVATIONS[shape.activation](output)
+    def _activate(self, output: Tensor) -> Tensor:
+        activation = self.shape.activation
+        return output if activation is None else ACTIVATIONS[activation](output)
 
     def dense(self) -> Tensor:
         """The plain layer: convolution with bias, then the activation in place."""
-        return self._conv(self.input)
+        return self._activate(F.conv2d(*self._dense))
 
     def masked(self) -> Tensor:
         """The same math as ours by dense convolution and multiplication with masks."""
         input = (
             self.input if self.in_policy is None else self.input * (self.in_policy != SKIP)[..., None, None]
         )
-        output = self._conv(input)
+        output = self._activate(F.conv2d(input, *self._dense[1:]))
         if self.policy is None:
             return output
         clips = output.unflatten(0, (-1, self.frames))
@@ -78,21 +93,11 @@ class Layer:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and named arguments of the package's operator."""
-        shape = self.shape
-        named = {
-            "frames": self.frames,
-            "stride": shape.stride,
-            "padding": shape.padding,
-            "groups": shape.groups,
-            "in_policy": self.in_policy,
-            "activation": shape.activation,
-        }
-        return (self.input, self.weight, self.bias, self.policy), named
+        return self._positional, self._named
 
     def ours(self) -> Tensor:
         """The package's operator, policy included."""
-        positional, named = self.arguments()
-        return ak.gated_conv2d(*positional, **named)
+        return ak.gated_conv2d(*self._positional, **self._named)
 
     def fused(self) -> Tensor:
         """The package's mixing alone, of an input as large as the layer's output."""
@@ -101,8 +106,7 @@ class Layer:
 
     def backend(self) -> str | None:
         """The backend that runs the operator."""
-        positional, named = self.arguments()
-        return ak.explain(ak.gated_conv2d, *positional, **named).backend
+        return ak.explain(ak.gated_conv2d, *self._positional, **self._named).backend
 
     def reference(self) -> Tensor:
         """The operator's reference."""

@@ -47,8 +47,6 @@ void add_units(std::vector<Unit>& units, const Problem& problem, const WeightStr
 }
 
 constexpr int64_t kZeroedPerTask = 64 * 1024;  // elements
-// Outputs of this size leave the second-level caches before they are read.
-constexpr int64_t kStreamedBytes = 3 << 20;
 
 // Zeroes neighbouring channels of a frame, in runs as long as the format allows.
 void zero_planes(const Planes& planes, int64_t frame, int64_t channel, int64_t count) {

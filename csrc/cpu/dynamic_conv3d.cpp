@@ -19,6 +19,7 @@
 #include "convolve.h"
 #include "reconstruct.h"
 #include "schedule.h"
+#include "streams.h"
 #include "tensors.h"
 
 namespace adakernels {
@@ -195,7 +196,7 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
       continue;
     }
     Reconstruction what = {nullptr, C, T, sizes[3], sizes[4], 0, 0, {}, {}, kernel, temporal_filters.data(),
-                           channel_filters.data(), Activation(activation)};
+                           channel_filters.data(), Activation(activation), false};
     std::copy_n(t.weights, kLevels, what.temporal);
     std::copy_n(c.weights, kLevels, what.channel);
     whole = whole && t.only_first() && c.only_first() && t.weights[0] * c.weights[0] == 1;
@@ -276,10 +277,13 @@ Tensor dynamic_conv3d(const Tensor& input,                            // [B, C_i
   const bool in_place = output.is_contiguous() && output.scalar_type() == ScalarType::Float;
   if (whole || in_place) {
     float* const data = static_cast<float*>(output.mutable_data_ptr());
+    const bool streamed = output.numel() * 4 >= kStreamedBytes && plane * 4 % kLineBytes == 0 &&
+                          bytes_to_line(data) == 0;
     for (Part& part : clips) {
       part.what.planes = data + part.place * plane;
       part.what.channel_stride = T * plane;
       part.what.frame_stride = plane;
+      part.what.streamed = streamed;
     }
     compute(clips, output);
     return output;

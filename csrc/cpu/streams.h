@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
+// Outputs of this size leave the second-level caches before they are read.
+constexpr int64_t kStreamedBytes = 3 << 20;
+
 // Bytes from `to` to the next line of a cache.
 inline int64_t bytes_to_line(const void* to) { return int64_t(-reinterpret_cast<uintptr_t>(to) % kLineBytes); }
 

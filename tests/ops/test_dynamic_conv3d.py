@@ -348,8 +348,26 @@ def test_fixed_cases(case: Case, dtype: torch.dtype) -> None:
     check_backward(replace(case, dtype=dtype))
 
 
+# Outputs so large that they are written past the caches: rows of several vectors, of one, of half a
+# vector, of any width, and planes that do not begin with a line of the cache.
+LARGE = [
+    Case(clips=4, channels=2, out_channels=20, size=(frames, height, width), kernel=kernel, padding=padding)
+    for frames, height, width in ((12, 32, 32), (48, 16, 16), (176, 8, 8), (24, 20, 24), (25, 20, 25))
+    for kernel, padding in (((1, 1, 1), (0, 0, 0)), ((1, 3, 3), (0, 1, 1)))
+]
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("case", LARGE, ids=range(len(LARGE)))
+@pytest.mark.parametrize("temporal, channel", [("3 mixed", "3 mixed"), ("3 1", "3 2"), ("none", "2 1")])
+def test_large_outputs(case: Case, temporal: str, channel: str) -> None:
+    check_forward(replace(case, temporal=temporal, channel=channel, activation="relu"))
+
+
 def test_every_instruction_set(on_instruction_set: Callable[..., None]) -> None:
-    on_instruction_set(f"{Path(__file__)}::test_fixed_cases", "-k", "cpu")
+    on_instruction_set(
+        f"{Path(__file__)}::test_fixed_cases", f"{Path(__file__)}::test_large_outputs", "-k", "cpu or large"
+    )
 
 
 def test_wrong_results_are_beyond_rounding(monkeypatch: pytest.MonkeyPatch, cpu_backend: None) -> None:

@@ -303,7 +303,7 @@ void convolve_summed_planes(const Convolution& conv, const Unit* units, int64_t 
       }
       float* const to = static_cast<float*>(target.data) + (unit->frame + !row.here) * target.frame_stride +
                         row.channel * target.channel_stride;
-      sum.write_rows(begin, end, to, conv.activation);
+      sum.write_rows(begin, end, to, {conv.activation});
       if (row.here && row.next)
         std::memcpy(to + target.frame_stride + begin * target.width, to + begin * target.width,
                     size_t((end - begin) * target.width) * 4);

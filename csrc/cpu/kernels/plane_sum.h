@@ -124,6 +124,20 @@ class PlaneShape {
   const float* zeros_;  // a row
 };
 
+// What becomes of a sum. streamed: it goes past the caches, to the start of one of their lines
+struct Finish {
+  Activation activation;
+  bool streamed = false;
+
+  void store(float* to, Vector<kLanes> sum) const {
+    const Vector<kLanes> value = activate<kLanes>(activation, sum);
+    if (streamed)
+      stream<kLanes>(to, value);
+    else
+      adakernels::store<kLanes>(to, value);
+  }
+};
+
 // The activation of a sum of planes, some of them filtered, for several frames: each plane is the first of some that
 // lie `step` values apart.
 class PlaneSum {
@@ -149,19 +163,19 @@ class PlaneSum {
   void add(const float* planes, int64_t step, float weight) { weighted_[weighted_count_++] = {planes, step, weight}; }
 
   // Overwrites `count` planes from `to` on, which may be those of one that is added unfiltered. Guarded ones stay that.
-  void write(float* to, int64_t step, int64_t count, bool guarded, Activation activation) const {
+  void write(float* to, int64_t step, int64_t count, bool guarded, Finish finish) const {
     for (int64_t n = 0; n < count; ++n, to += step)
       if (filtered_count_ == 0)
-        write_flat<false>(n, to, guarded, activation);
+        write_flat<false>(n, to, guarded, finish);
       else if (shape_.rows == PlaneShape::Rows::of_any_width)
-        write_flat<true>(n, to, guarded, activation);
+        write_flat<true>(n, to, guarded, finish);
       else
-        write_rows(n, 0, shape_.height, to, activation);
+        write_rows(n, 0, shape_.height, to, finish);
   }
 
   // The same for rows [begin, end), pairs where these fill a vector, of the first planes. to: its row 0
-  void write_rows(int64_t begin, int64_t end, float* to, Activation activation) const {
-    write_rows(0, begin, end, to, activation);
+  void write_rows(int64_t begin, int64_t end, float* to, Finish finish) const {
+    write_rows(0, begin, end, to, finish);
   }
 
  private:
@@ -179,7 +193,7 @@ class PlaneSum {
 
   // A plane from its first vector to its last, whatever rows they are of.
   template <bool filters>
-  void write_flat(int64_t n, float* to, bool guarded, Activation activation) const {
+  void write_flat(int64_t n, float* to, bool guarded, Finish finish) const {
     const int64_t size = shape_.size, whole = size / kLanes * kLanes;
     int64_t at = 0, x = 0;
     const auto run = [&]<int count>(std::integral_constant<int, count>) {
@@ -191,7 +205,7 @@ class PlaneSum {
 #pragma GCC unroll 4
         for (int i = 0; i < count; ++i) sum[i] += w->weight * load<kLanes>(w->planes + n * w->step + at + i * kLanes);
 #pragma GCC unroll 4
-      for (int i = 0; i < count; ++i) store<kLanes>(to + at + i * kLanes, activate<kLanes>(activation, sum[i]));
+      for (int i = 0; i < count; ++i) finish.store(to + at + i * kLanes, sum[i]);
       at += count * kLanes;
     };
     while (at + kSumVectors * kLanes <= whole) run(std::integral_constant<int, kSumVectors>());
@@ -201,7 +215,7 @@ class PlaneSum {
     if constexpr (filters) add_vectors<1>(n, at, x, &rest);
     for (const Weighted* w = weighted_; w != weighted_ + weighted_count_; ++w)
       for (int64_t i = 0; i < size - whole; ++i) rest[i] += w->weight * w->planes[n * w->step + whole + i];
-    rest = activate<kLanes>(activation, rest);
+    rest = activate<kLanes>(finish.activation, rest);
     for (int64_t i = 0; i < (guarded ? kLanes : size - whole); ++i) to[whole + i] = i < size - whole ? rest[i] : 0.f;
   }
 
@@ -233,28 +247,28 @@ class PlaneSum {
     return x;
   }
 
-  void write_rows(int64_t n, int64_t begin, int64_t end, float* to, Activation activation) const {
+  void write_rows(int64_t n, int64_t begin, int64_t end, float* to, Finish finish) const {
     if (shape_.rows == Rows::half_a_vector)
-      write_blocks<Rows::half_a_vector>(n, begin / 2, end / 2, to, activation);
+      write_blocks<Rows::half_a_vector>(n, begin / 2, end / 2, to, finish);
     else if (shape_.rows == Rows::one_vector)
-      write_blocks<Rows::one_vector>(n, begin, end, to, activation);
+      write_blocks<Rows::one_vector>(n, begin, end, to, finish);
     else
-      write_blocks<Rows::several_vectors>(n, begin, end, to, activation);
+      write_blocks<Rows::several_vectors>(n, begin, end, to, finish);
   }
 
   template <Rows rows>
-  void write_blocks(int64_t n, int64_t begin, int64_t end, float* to, Activation activation) const {
+  void write_blocks(int64_t n, int64_t begin, int64_t end, float* to, Finish finish) const {
     int64_t y = begin;
     const auto run = [&]<int count>(std::integral_constant<int, count>) {
       for (; y + count <= end; y += count) {
         if constexpr (rows != Rows::several_vectors) {
-          write_vectors<count, 1, rows, false, false>(n, y, 0, to, activation);
+          write_vectors<count, 1, rows, false, false>(n, y, 0, to, finish);
           continue;
         }
         int64_t x = 0;
         for (; x + kSumAcross * kLanes <= shape_.width; x += kSumAcross * kLanes)
-          write_across<count, kSumAcross>(n, y, x, to, activation);
-        for (; x < shape_.width; x += kLanes) write_across<count, 1>(n, y, x, to, activation);
+          write_across<count, kSumAcross>(n, y, x, to, finish);
+        for (; x < shape_.width; x += kLanes) write_across<count, 1>(n, y, x, to, finish);
       }
     };
     if constexpr (rows == Rows::one_vector) run(std::integral_constant<int, kSumRows>());
@@ -264,24 +278,24 @@ class PlaneSum {
 
   // Some vectors of longer rows, as neighbours that they have in these ask for.
   template <int count, int across>
-  void write_across(int64_t n, int64_t y, int64_t x, float* to, Activation activation) const {
+  void write_across(int64_t n, int64_t y, int64_t x, float* to, Finish finish) const {
     constexpr Rows rows = Rows::several_vectors;
     const bool has_right = x + across * kLanes < shape_.width;
     if (x > 0 && has_right)
-      write_vectors<count, across, rows, true, true>(n, y, x, to, activation);
+      write_vectors<count, across, rows, true, true>(n, y, x, to, finish);
     else if (x > 0)
-      write_vectors<count, across, rows, true, false>(n, y, x, to, activation);
+      write_vectors<count, across, rows, true, false>(n, y, x, to, finish);
     else if (has_right)
-      write_vectors<count, across, rows, false, true>(n, y, x, to, activation);
+      write_vectors<count, across, rows, false, true>(n, y, x, to, finish);
     else
-      write_vectors<count, across, rows, false, false>(n, y, x, to, activation);
+      write_vectors<count, across, rows, false, false>(n, y, x, to, finish);
   }
 
   // So many vectors of each of `count` rows, or one of pairs of rows, from row or pair y on, at pixel x. Their taps
   // share what is loaded.
   template <int count, int across, Rows rows, bool has_left, bool has_right>
   [[gnu::always_inline]] inline void write_vectors(int64_t n, int64_t y, int64_t x, float* to,
-                                                   Activation activation) const {
+                                                   Finish finish) const {
     using V = Vector<kLanes>;
     constexpr bool halves = rows == Rows::half_a_vector;
     constexpr int apart = halves ? 2 : 1;  // rows from those of one vector to those of the next
@@ -346,7 +360,7 @@ class PlaneSum {
     for (int i = 0; i < count; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < across; ++v)
-        store<kLanes>(to + first + i * pitch + v * kLanes, activate<kLanes>(activation, sum[i][v]));
+        finish.store(to + first + i * pitch + v * kLanes, sum[i][v]);
   }
 
   const PlaneShape& shape_;

@@ -127,17 +127,17 @@ class ChannelMaker {
     if (!mixes && !copies_ && (!finishes || (own_weight * scale == 1 && what_.activation == Activation::none)))
       return {own, step, own_weight};
     if (mixes && copies_) {
-      sum_.write(mixed_, shape_.pitch, count, true, Activation::none);
+      sum_.write(mixed_, shape_.pitch, count, true, {Activation::none});
       sum_.clear();
       sum_.add_filtered(mixed_, shape_.pitch, filter, scale);
     }
     if (own_weight != 0) sum_.add(own, step, own_weight * scale);
     if (finishes)
-      sum_.write(own, step, count, false, what_.activation);
+      sum_.write(own, step, count, false, {what_.activation, what_.streamed && own_weight == 0});
     else if (copies_)
-      sum_.write(made_, shape_.pitch, count, true, Activation::none);
+      sum_.write(made_, shape_.pitch, count, true, {Activation::none});
     else
-      sum_.write(own, step, count, false, Activation::none);
+      sum_.write(own, step, count, false, {Activation::none});
     return {copies_ ? made_ : own, copies_ ? shape_.pitch : step, 1.f};
   }
 
@@ -164,7 +164,8 @@ class ChannelMaker {
       }
       sum_.add_filtered(planes, step, kernel, computed.scale);
     }
-    sum_.write(dense(channel, first + after), group_ * what_.frame_stride, count, false, what_.activation);
+    sum_.write(dense(channel, first + after), group_ * what_.frame_stride, count, false,
+               {what_.activation, what_.streamed && after > 0});
   }
 
   const Reconstruction& what_;
