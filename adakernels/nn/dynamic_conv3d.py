@@ -270,7 +270,7 @@ def _by_modules(
         if gate is not None:
             _checks.checked_weights(gate, "DynamicConv3d", name)
     given = input
-    input, weight, bias = autocast(input.device, input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     padding = arguments.get("padding", 0)
     if isinstance(padding, str):
         input, padding = F.pad(input, conv._reversed_padding_repeated_twice), 0

@@ -175,7 +175,7 @@ def _frame_by_frame(
     clips: PackedClips,
     temporal: Tensor | None,  # [B]
 ) -> PackedClips:
-    frames, weight, bias = autocast(clips.frames.device, clips.frames, weight, bias)
+    frames, weight, bias = autocast(clips.frames, weight, bias)
     # Nothing here depends on the flags and offsets, but what comes later may.
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups, activation
     offsets = checked_packed_clips(frames, weight, bias, temporal, clips.offsets, *geometry)

@@ -230,18 +230,21 @@ def before_activation(
     return result
 
 
-def autocast(device: torch.device, *arguments: Any) -> tuple[Any, ...]:
-    """The arguments in autocast's dtype, where that is on, as it does for torch's convolutions."""
+def autocast(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments in autocast's dtype, where that is on for the device of the first one, the input, as it
+    does for torch's convolutions."""
     # Mostly one question is enough: to Python that the caches have lost, each one takes microseconds.
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return arguments
-    kind = device.type
+    input = arguments[0]
+    if not isinstance(input, Tensor):  # refused later, as others are
+        return arguments
+    kind = input.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return arguments
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(argument: Any) -> Any:
-        # What is no tensor is refused later.
         if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
             return argument.to(dtype)
         return argument

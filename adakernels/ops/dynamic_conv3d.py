@@ -491,7 +491,7 @@ def dynamic_conv3d(
     """
     op = "dynamic_conv3d"
     input, weight, bias, temporal_weight, channel_weight = autocast(
-        facts(op, "input", input)[2], input, weight, bias, temporal_weight, channel_weight
+        input, weight, bias, temporal_weight, channel_weight
     )
     backend, conv = _plan(
         backends.requested_backend(),

@@ -270,7 +270,7 @@ def gated_conv2d(
         ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or a policy value
             outside 0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
-    input, weight, bias = autocast(facts("gated_conv2d", "input", input)[2], input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     backend, conv = _plan(
         backends.requested_backend(),
         facts("gated_conv2d", "input", input),

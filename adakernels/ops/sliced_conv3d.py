@@ -375,7 +375,7 @@ def sliced_conv3d(
             are none (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
     op = "sliced_conv3d"
-    input, weight, bias = autocast(facts(op, "input", input)[2], input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     backend, conv = _plan(
         backends.requested_backend(),
         facts(op, "input", input),

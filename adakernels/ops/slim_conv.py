@@ -747,7 +747,7 @@ def _slim_conv(
     bias: Tensor | None,  # [C_out]
     *arguments: Any,
 ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
-    input, weight, bias = autocast(facts(op, "input", input)[2], input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     backend, slim = plan(op, input, weight, bias, *arguments)
     record_work(op, slim, input, weight)
     conv, out_channels, segments, groups = slim
