@@ -9,7 +9,11 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +52,39 @@ def check_requirements() -> None:
         raise BenchError(f"the benchmarks need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+class Collection:
+    """A pytest plugin that counts the cases of each suite, and keeps what could not be collected."""
+
+    def __init__(self) -> None:
+        self.cases: Counter[Path] = Counter()
+        self.failures: list[tuple[str, str]] = []
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.cases.update(item.path for item in session.items)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failures.append((report.nodeid, _reason(report)))
+
+    def suites(self) -> list[Path]:
+        """Layers and models come first."""
+        first = ("test_layers.py", "test_models.py")
+        return sorted(self.cases, key=lambda file: (*(file.name != name for name in first), file.name))
+
+
 class Progress:
     """A pytest plugin that shows how far the suites are and keeps what failed."""
 
     WIDTH = 30
 
-    def __init__(self) -> None:
-        self.total = 0
+    def __init__(self, total: int) -> None:
+        self.total = total
         self.done = 0
         self.failures: list[tuple[str, str]] = []
         self.skipped: list[tuple[str, str]] = []
         self.start = time.monotonic()
         self.shown = 0.0
         self.live = sys.stderr.isatty()
-
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items.sort(key=lambda item: ("test_layers" not in item.nodeid, "test_models" not in item.nodeid))
-
-    def pytest_collection_finish(self, session: Any) -> None:
-        self.total = len(session.items)
-        self.start = time.monotonic()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.show(nodeid.partition("::")[2])
@@ -80,12 +97,8 @@ class Progress:
         if report.when == "teardown":
             self.done += 1
 
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.failures.append((report.nodeid, _reason(report)))
-
     def pytest_sessionfinish(self) -> None:
-        self.show("", last=True)
+        self.show("", last=self.done == self.total)
 
     def show(self, name: str, last: bool = False) -> None:
         """Draw the bar; without a terminal, print a line for every tenth part instead."""
@@ -166,6 +179,28 @@ def rewrite(root: Path, file: Path) -> int:
     return 0
 
 
+def in_own_process(root: Path, options: list[str], progress: Progress) -> Progress:
+    """Run a suite so that it finds neither the heap nor the caches of those before it.
+
+    Returns what has become of `progress`.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_run, root, options, progress).result()
+        except BrokenProcessPool as error:
+            raise BenchError(f"{options[0]} ended without a result") from error
+
+
+def _run(root: Path, options: list[str], progress: Progress) -> Progress:
+    import pytest
+
+    os.chdir(root)
+    status = pytest.main(options, plugins=[progress])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        progress.failures.append((options[0], f"pytest ended with {status!r}"))
+    return progress
+
+
 def measure(root: Path, arguments: argparse.Namespace) -> int:
     """Run the suites, print the table and write the result file and its plot."""
     import pytest
@@ -189,46 +224,49 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
     base = root / "build" / "bench" if partial else root / "benchmarks" / "results"
     folder = arguments.output.resolve() if arguments.output else base / slug
 
-    progress = Progress()
+    options = [
+        f"--rootdir={root}",
+        f"--confcutdir={root / 'benchmarks'}",
+        f"--threads={threads}",
+        "--benchmark-quiet",
+        "--override-ini=addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:terminal",
+    ]
+    options += ["--quick"] if arguments.quick else []
+    options += ["-k", arguments.filter] if arguments.filter is not None else []
+    collection = Collection()
+    pytest.main([str(root / "benchmarks"), *options, "--collect-only"], plugins=[collection])
+    progress = Progress(collection.cases.total())
+    measured: dict[str, Any] = {"benchmarks": []}
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
-        options = [
-            str(root / "benchmarks"),
-            f"--rootdir={root}",
-            f"--confcutdir={root / 'benchmarks'}",
-            f"--threads={threads}",
-            f"--benchmark-json={raw}",
-            "--benchmark-quiet",
-            "--override-ini=addopts=",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:terminal",
-        ]
-        options += ["--quick"] if arguments.quick else []
-        options += ["-k", arguments.filter] if arguments.filter is not None else []
-        before = os.getcwd()
-        os.chdir(root)
-        try:
-            status = pytest.main(options, plugins=[progress])
-        finally:
-            os.chdir(before)
-        measured = json.loads(raw.read_text()) if raw.exists() and raw.stat().st_size else None
+        for suite in collection.suites():
+            progress = in_own_process(root, [str(suite), *options, f"--benchmark-json={raw}"], progress)
+            if raw.exists() and raw.stat().st_size:
+                one = json.loads(raw.read_text())
+                measured = one | {"benchmarks": measured["benchmarks"] + one["benchmarks"]}
+                raw.unlink()
 
-    for name, text in progress.failures:
+    failures = collection.failures + progress.failures
+    for name, text in failures:
         print(f"\n{name} has no speed, it failed: {text}", file=sys.stderr)
     for name, reason in progress.skipped:
         print(f"{name} skipped: {reason}", file=sys.stderr)
-    if measured is None or not measured["benchmarks"]:
-        raise BenchError("nothing was measured" if status != 5 else "no case matches the filter")
+    if not measured["benchmarks"]:
+        raise BenchError(
+            "nothing was measured" if failures or progress.total else "no case matches the filter"
+        )
 
     settings = {
         "quick": arguments.quick,
         "filter": arguments.filter,
-        "failed": [name for name, _ in progress.failures],
+        "failed": [name for name, _ in failures],
     }
     results = report.collect(measured, machine, settings)
     file, picture = report.save(results, folder)
     print(f"\n{report.describe(results)}\n\n{report.render_text(report.summarise(results['records']))}\n")
     print(f"wrote {file}\n      {picture}")
-    return 1 if progress.failures else 0
+    return 1 if failures else 0
