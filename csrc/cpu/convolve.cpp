@@ -94,15 +94,18 @@ Scratch& call_scratch() {
   return scratch;
 }
 
-// Lays out what a convolution needs besides its operands, for some units.
+// Chooses a convolution's method for some units and lays out what that needs, but for transformed kernels.
 void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> units, int64_t row_count,
              int64_t live_count, const Kernels& kernels) {
   const bool whole_weights = problem.group_count == 1 && std::all_of(units.begin(), units.end(), [](const Unit& unit) {
     return unit.weight_offset == 0;
   });
   if (conv.rows_per_live == 0) flatten_grid(conv);
-  const int64_t block = whole_weights ? winograd_block(conv, row_count * live_count, kernels.pixel_block) : 0;
-  if (block > 0) transform_weights(conv, block, units, row_count, live_count, kernels, call_scratch());
+  if (whole_weights) {
+    int64_t rows = 0;
+    for (const Unit& unit : units) rows += unit.row_count;
+    conv.winograd.block = winograd_block(conv, row_count * live_count, double(rows) / double(row_count), kernels);
+  }
   if (conv.channels > 0) {
     const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
     float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));
@@ -111,31 +114,59 @@ void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> un
   }
 }
 
+// What units write of the rows of channels [begin, end).
+std::vector<Unit> units_of_rows(const std::vector<Unit>& units, int64_t begin, int64_t end) {
+  std::vector<Unit> some;
+  for (Unit unit : units) {
+    const auto below = [&](int64_t channel) {
+      return std::partition_point(unit.rows, unit.rows + unit.row_count,
+                                  [&](const Route& row) { return row.channel < channel; });
+    };
+    const Route* const first = below(begin);
+    unit.row_count = below(end) - first;
+    unit.rows = first;
+    if (unit.row_count > 0) some.push_back(unit);
+  }
+  return some;
+}
+
 // Runs convolutions to one target over the same units, and zeroes the target's channels that no unit writes.
 // live_count: source channels times temporal taps.
 void run(std::vector<Convolution>& convs, const Problem& problem, const std::vector<Unit>& units, int64_t row_count,
          int64_t live_count, const FrameChannels& zeros, int64_t frame_count) {
   const Kernels& kernels = best_kernels();
   const Planes target = convs.front().target;
-  std::vector<Task> tasks;
+  int64_t parts = 1;
   for (Convolution& conv : convs) {
     prepare(conv, problem, units, row_count, live_count, kernels);
-    add_tasks(tasks, conv, units, kernels, enough_tasks());
+    parts = std::max(parts, row_parts(conv, row_count, live_count, kernels));
   }
-  const int64_t count = int64_t(tasks.size());
   const int64_t plane = target.height * target.width;
   const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
   const int64_t chunks = zeros.empty() ? 0 : (row_count + chunk - 1) / chunk;  // of a frame
   const double zero_work = zeros.empty() ? 0. : double(frame_count * row_count * plane) / 16;
-  const auto run_one = [&](int64_t i, Scratch& scratch) {
-    if (i < count) {
-      run_task(tasks[size_t(i)], kernels, scratch);
-    } else {
-      const int64_t first = (i - count) % chunks * chunk;
-      zero_channel_range(target, zeros, (i - count) / chunks, first, std::min(first + chunk, row_count));
+  std::vector<Unit> of_part;
+  for (int64_t p = 0; p < parts; ++p) {
+    const int64_t begin = row_count * p / parts, end = row_count * (p + 1) / parts;
+    if (parts > 1) of_part = units_of_rows(units, begin, end);
+    const std::span<const Unit> some = parts > 1 ? of_part : units;
+    std::vector<Task> tasks;
+    for (Convolution& conv : convs) {
+      if (conv.winograd.block > 0)
+        transform_weights(conv, some, begin, end, live_count, kernels, call_scratch());
+      add_tasks(tasks, conv, some, kernels, enough_tasks());
     }
-  };
-  run_tasks(count + frame_count * chunks, work(tasks) + zero_work, run_one, frame_count * chunks);
+    const int64_t count = int64_t(tasks.size()), zeroing = p == 0 ? frame_count * chunks : 0;
+    const auto run_one = [&](int64_t i, Scratch& scratch) {
+      if (i < count) {
+        run_task(tasks[size_t(i)], kernels, scratch);
+      } else {
+        const int64_t first = (i - count) % chunks * chunk;
+        zero_channel_range(target, zeros, (i - count) / chunks, first, std::min(first + chunk, row_count));
+      }
+    };
+    run_tasks(count + zeroing, work(tasks) + (p == 0 ? zero_work : 0), run_one, zeroing);
+  }
 }
 
 // The convolution from `input` to `output`, without its operands' values.
@@ -460,8 +491,13 @@ void convolve_blocks(const Problem& problem, const Tensor& input, const Tensor& 
   Convolution& conv = operands.conv;
   const UnitBlocks blocks = make_blocks(operands.strides, conv.rows_per_live > 0);
   const Kernels& kernels = best_kernels();
-  prepare(conv, problem, blocks.units, problem.out_channels, problem.in_channels * problem.t.size, kernels);
   const std::span<const Unit> units = blocks.units;
+  const int64_t channel_count = problem.in_channels * problem.t.size;
+  prepare(conv, problem, units, problem.out_channels, channel_count, kernels);
+  // A block wants all of its rows at once.
+  if (row_parts(conv, problem.out_channels, channel_count, kernels) > 1) conv.winograd.block = 0;
+  if (conv.winograd.block > 0)
+    transform_weights(conv, units, 0, problem.out_channels, channel_count, kernels, call_scratch());
   std::vector<Task> tasks;
   std::vector<size_t> task_ends = {0};
   for (size_t b = 0, begin = 0; b < blocks.ends.size(); begin = blocks.ends[b++]) {

@@ -63,11 +63,13 @@ struct Unit {
   int64_t weight_offset = 0;
 };
 
-// Transformed 3x3 kernels: point p of row r and channel c at [r * row_stride + p * point_stride + c].
+// Transformed 3x3 kernels: point p of channel c at row(r)[p * point_stride + c].
 struct WinogradWeights {
-  const float* weight;
-  int64_t row_stride, point_stride;
+  const float* weight;  // null: not transformed yet
+  int64_t first_row, row_stride, point_stride;
   int64_t block;  // 2 or 4: outputs are made in blocks of that side, by (block + 2)^2 points of each kernel
+
+  const float* row(int64_t r) const { return weight + (r - first_row) * row_stride; }
 };
 
 // Element [i, c]: weight i of target channel c, of the last row its bias.
@@ -101,7 +103,7 @@ struct Convolution {
   int64_t channels = 0;          // of a depthwise one between channels-last planes: source channels; else 0
   Columns columns;               // of such a one
   const FrameChannels* zeros = nullptr;  // target channels that such a one zeroes, or null
-  WinogradWeights winograd;      // null weight: the direct convolution
+  WinogradWeights winograd;      // block 0: the direct convolution
 };
 
 // Drops the taps that read nothing but zeros, as those of a large dilation may, and groups the others by phase.

@@ -28,7 +28,11 @@ constexpr int64_t kStayingKernels = 768 * 1024;
 constexpr int64_t kLargestKernels = 6 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
-// Smaller maps leave vectors of 2x2 blocks half empty, and transforming their kernels costs more than it saves.
+// Kernels that are transformed at once, where there are more.
+constexpr int64_t kKernelBytes = 12 << 20;
+// Transforming a kernel takes as long as so many products, most of it for memory.
+constexpr double kKernelWork = 1024;
+// Smaller maps of stride 2 leave vectors of blocks half empty.
 constexpr int64_t kWinogradPoints = 100;
 constexpr size_t kUnitsPerTask = 64;
 // A depthwise task lays its geometry out once for all of its planes.
@@ -176,9 +180,8 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
-int64_t winograd_block(const Convolution& conv, int64_t kernel_count, int64_t pixel_block) {
-  if (conv.grid_height * conv.grid_width < kWinogradPoints) return 0;
-  const int64_t step = conv.step_y;
+int64_t winograd_block(const Convolution& conv, int64_t kernel_count, double uses, const Kernels& kernels) {
+  const int64_t step = conv.step_y, points = conv.grid_height * conv.grid_width;
   if (number_stride(conv) == 0) return 0;
   if (conv.taps.size() != 9 || conv.step_x != step || (step != 1 && step != 2) || conv.shift_y != 2 / step ||
       conv.shift_x != 2 / step || conv.target_step_y != 1 || conv.target_step_x != 1)
@@ -187,8 +190,26 @@ int64_t winograd_block(const Convolution& conv, int64_t kernel_count, int64_t pi
   for (size_t i = 0; i < 9; ++i)
     if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return 0;
   const auto blocks = [&](int64_t side) { return ceil_div(conv.grid_height, side) * ceil_div(conv.grid_width, side); };
+  if (step == 2) return points < kWinogradPoints ? 0 : 2;
+  const int64_t saved = 9 * points - 16 * ceil_div(blocks(2), kernels.lanes) * kernels.lanes;  // by one use of a kernel
+  if (uses * double(saved) < kKernelWork) return 0;
   const bool fewer_products = 36 * blocks(4) < 16 * blocks(2);
-  return step == 1 && fewer_products && blocks(4) >= pixel_block && 36 * 4 * kernel_count <= kLargestKernels ? 4 : 2;
+  return fewer_products && blocks(4) >= kernels.pixel_block && 36 * 4 * kernel_count <= kLargestKernels ? 4 : 2;
+}
+
+namespace {
+
+// Numbers of a row's transformed kernels.
+int64_t transformed_row(const Convolution& conv, int64_t channel_count, const Kernels& kernels) {
+  const int64_t side = conv.winograd.block + 2;
+  return side * side * kernels.winograd_point_stride(channel_count);
+}
+
+}  // namespace
+
+int64_t row_parts(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
+  if (conv.winograd.block == 0) return 1;
+  return std::max<int64_t>(1, ceil_div(4 * row_count * transformed_row(conv, channel_count, kernels), kKernelBytes));
 }
 
 namespace {
@@ -210,24 +231,24 @@ bool can_use_depthwise_channels(const Convolution& conv, int64_t source_channels
          can_use_depthwise(conv, source_channels, target_channels);
 }
 
-void transform_weights(Convolution& conv, int64_t block, std::span<const Unit> units, int64_t row_count,
+void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_begin, int64_t row_end,
                        int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
-  std::vector<bool> used(size_t(row_count), false);
+  std::vector<bool> used(size_t(row_end - row_begin), false);
   for (const Unit& unit : units)
-    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
+    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel - row_begin)] = true;
   std::vector<int64_t> rows;
-  for (int64_t r = 0; r < row_count; ++r)
-    if (used[size_t(r)]) rows.push_back(r);
-  const int64_t point_stride = kernels.winograd_point_stride(channel_count), points = (block + 2) * (block + 2);
-  const int64_t row_stride = points * point_stride;
-  float* transformed = static_cast<float*>(scratch.reserve(row_count * row_stride * 4));
-  conv.winograd = {transformed, row_stride, point_stride, block};
+  for (int64_t r = row_begin; r < row_end; ++r)
+    if (used[size_t(r - row_begin)]) rows.push_back(r);
+  const int64_t point_stride = kernels.winograd_point_stride(channel_count);
+  const int64_t row_stride = transformed_row(conv, channel_count, kernels);
+  float* transformed = static_cast<float*>(scratch.reserve((row_end - row_begin) * row_stride * 4));
+  conv.winograd = {transformed, row_begin, row_stride, point_stride, conv.winograd.block};
   constexpr int64_t chunk = 8;
   const int64_t count = ceil_div(int64_t(rows.size()), chunk);
-  run_tasks(count, double(points) * double(rows.size()) * double(channel_count), [&](int64_t i, Scratch&) {
+  run_tasks(count, double(row_stride) * double(rows.size()), [&](int64_t i, Scratch&) {
     for (int64_t r = i * chunk; r < std::min((i + 1) * chunk, int64_t(rows.size())); ++r)
-      kernels.winograd_weights(conv, rows[size_t(r)], channel_count, transformed + rows[size_t(r)] * row_stride,
-                               point_stride);
+      kernels.winograd_weights(conv, rows[size_t(r)], channel_count,
+                               transformed + (rows[size_t(r)] - row_begin) * row_stride, point_stride);
   });
 }
 
@@ -237,7 +258,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
                int64_t enough) {
   const int64_t height = conv.grid_height, width = conv.grid_width, block = kernels.pixel_block;
   if (height == 0 || width == 0) return;
-  if (conv.winograd.weight != nullptr) {
+  if (conv.winograd.block > 0) {
     add_winograd_tasks(tasks, conv, units, kernels, enough);
     return;
   }
@@ -308,7 +329,7 @@ double work(const std::vector<Task>& tasks) {
 }
 
 void run_task(const Task& task, const Kernels& kernels, Scratch& scratch) {
-  if (task.convolution->winograd.weight != nullptr)
+  if (task.convolution->winograd.block > 0)
     kernels.convolve_winograd(*task.convolution, *task.units, task.tile, scratch);
   else if (task.convolution->rows_per_live > 0)
     kernels.convolve_depthwise(*task.convolution, task.units, task.unit_count, task.tile, scratch);

@@ -14,18 +14,22 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// The side of the blocks of outputs that Winograd's method makes: 4 where they fill the `pixel_block` of a register
-// tile and so many transformed kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel at
-// stride 1 or 2 and maps are large enough to fill vectors.
-int64_t winograd_block(const Convolution& convolution, int64_t kernel_count, int64_t pixel_block);
+// The side of the blocks of outputs that Winograd's method makes: 4 where they fill a register tile and so many
+// transformed kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel at stride 1 or 2, maps
+// are large enough to fill vectors, and a kernel is used so often that transforming it pays.
+int64_t winograd_block(const Convolution& convolution, int64_t kernel_count, double uses, const Kernels& kernels);
 
 // Whether the depthwise kernel reads and writes these planes: both planar, or both channels-last with so many channels.
 bool can_use_depthwise_planes(const Convolution& convolution);
 bool can_use_depthwise_channels(const Convolution& convolution, int64_t source_channels, int64_t target_channels);
 
-// Transforms the 3x3 kernels of the rows that units name into `scratch`, for blocks of that side, and has `convolution`
-// use them.
-void transform_weights(Convolution& convolution, int64_t block, std::span<const Unit> units, int64_t row_count,
+// In how many parts of its rows a convolution of chosen blocks is to be computed, so that those transformed at once do
+// not take much memory: the source is transformed anew for each.
+int64_t row_parts(const Convolution& convolution, int64_t row_count, int64_t channel_count, const Kernels& kernels);
+
+// Transforms the 3x3 kernels of the rows [row_begin, row_end) that units name into `scratch`, for the blocks chosen, and
+// has `convolution` use them.
+void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_begin, int64_t row_end,
                        int64_t channel_count, const Kernels& kernels, Scratch& scratch);
 
 struct Task {

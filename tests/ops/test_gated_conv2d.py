@@ -132,6 +132,7 @@ FIXED = [
     Case(size=(28, 28), channels=33, out_channels=18, in_policy="mixed", layout="channels_last"),
     Case(size=(18, 83), padding=(0, 2), channels=17, out_channels=40, in_policy="few_channels"),
     Case(size=(7, 7), channels=200, out_channels=48, frames=2, activation="relu"),
+    Case(size=(7, 7), channels=40, out_channels=37, frames=8, policy="keep", in_policy="mixed"),
     Case(
         size=(9, 9),
         kernel=(5, 5),
@@ -329,6 +330,15 @@ def test_large_outputs(case: Case) -> None:
     check_forward(replace(case, dtype=torch.bfloat16, clips=2 * case.clips, seed=2))
 
 
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("policy", ["mixed", "few_channels", "keep"])
+def test_rows_in_parts(policy: str) -> None:
+    """More kernels than are transformed at once."""
+    check_forward(
+        Case(size=(7, 7), channels=512, out_channels=400, frames=8, policy=policy, activation="relu")
+    )
+
+
 @pytest.mark.parametrize("in_policy", ["none", "mixed"])
 @pytest.mark.parametrize("channels", [1, 15, 16, 53, 700])
 def test_kernel_of_one_pixel_on_planes_of_all_lengths(channels: int, in_policy: str) -> None:
@@ -368,8 +378,8 @@ def test_wrong_results_are_beyond_rounding(
 
 
 def test_every_instruction_set(on_instruction_set: Callable[..., None]) -> None:
-    tests = ("test_fixed_cases", "test_large_outputs", "test_error_of_large_blocks")
-    on_instruction_set(*(f"{Path(__file__)}::{test}" for test in tests), "-k", "cpu or error")
+    tests = ("test_fixed_cases", "test_large_outputs", "test_rows_in_parts", "test_error_of_large_blocks")
+    on_instruction_set(*(f"{Path(__file__)}::{test}" for test in tests), "-k", "cpu or error or parts")
 
 
 @pytest.mark.usefixtures("cpu_backend")

@@ -473,7 +473,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
       for_row_groups(0, row_count, [&](int64_t first, int64_t count) {
         const float* rows[kRows];
         for (int64_t r = 0; r < count; ++r)
-          rows[r] = conv.winograd.weight + unit.rows[tile.row_begin + first + r].channel * conv.winograd.row_stride;
+          rows[r] = conv.winograd.row(unit.rows[tile.row_begin + first + r].channel);
         const Product product = {rows, steps, unit.live_count, points + at, zero, terms, term_count};
         float* out = products + first * row_room + sum * blocks.room;
         multiply<0, false>(product, count, std::min(span, end - at), out + at, row_room, [](int64_t, int64_t) {});
