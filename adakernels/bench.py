@@ -97,8 +97,9 @@ class Progress:
         if report.when == "teardown":
             self.done += 1
 
-    def pytest_sessionfinish(self) -> None:
-        self.show("", last=self.done == self.total)
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failures.append((report.nodeid, _reason(report)))
 
     def show(self, name: str, last: bool = False) -> None:
         """Draw the bar; without a terminal, print a line for every tenth part instead."""
@@ -180,15 +181,16 @@ def rewrite(root: Path, file: Path) -> int:
 
 
 def in_own_process(root: Path, options: list[str], progress: Progress) -> Progress:
-    """Run a suite so that it finds neither the heap nor the caches of those before it.
+    """Run a suite, `options[0]`, so that it finds neither the heap nor the caches of those before it.
 
     Returns what has become of `progress`.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(_run, root, options, progress).result()
-        except BrokenProcessPool as error:
-            raise BenchError(f"{options[0]} ended without a result") from error
+        except BrokenProcessPool:
+            progress.failures.append((options[0], "its process died"))
+            return progress
 
 
 def _run(root: Path, options: list[str], progress: Progress) -> Progress:
@@ -238,27 +240,28 @@ def measure(root: Path, arguments: argparse.Namespace) -> int:
     options += ["--quick"] if arguments.quick else []
     options += ["-k", arguments.filter] if arguments.filter is not None else []
     collection = Collection()
-    pytest.main([str(root / "benchmarks"), *options, "--collect-only"], plugins=[collection])
+    status = pytest.main([str(root / "benchmarks"), *options, "--collect-only"], plugins=[collection])
     progress = Progress(collection.cases.total())
     measured: dict[str, Any] = {"benchmarks": []}
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
         for suite in collection.suites():
-            progress = in_own_process(root, [str(suite), *options, f"--benchmark-json={raw}"], progress)
+            name = suite.relative_to(root).as_posix()
+            progress = in_own_process(root, [name, *options, f"--benchmark-json={raw}"], progress)
             if raw.exists() and raw.stat().st_size:
                 one = json.loads(raw.read_text())
                 measured = one | {"benchmarks": measured["benchmarks"] + one["benchmarks"]}
                 raw.unlink()
 
+    progress.show("", last=True)
     failures = collection.failures + progress.failures
     for name, text in failures:
         print(f"\n{name} has no speed, it failed: {text}", file=sys.stderr)
     for name, reason in progress.skipped:
         print(f"{name} skipped: {reason}", file=sys.stderr)
     if not measured["benchmarks"]:
-        raise BenchError(
-            "nothing was measured" if failures or progress.total else "no case matches the filter"
-        )
+        nothing_chosen = status == pytest.ExitCode.NO_TESTS_COLLECTED
+        raise BenchError("no case matches the filter" if nothing_chosen else "nothing was measured")
 
     settings = {
         "quick": arguments.quick,

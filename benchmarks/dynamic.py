@@ -128,7 +128,7 @@ class DynamicLayer:
         self._bind()
 
     def _bind(self) -> None:
-        """Put the arguments of the operators together, as modules hold them, so that no call has to."""
+        """Put the arguments of the operators together, so that no timed call has to."""
         case = self.case
         self._dense = (self.input, self.weight, self.bias, case.strides, case.padding, 1, case.groups)
         self._positional = (self.input, self.weight, self.bias, *self.gates)

@@ -44,7 +44,7 @@ class Layer:
         self._bind()
 
     def _bind(self) -> None:
-        """Put the arguments of the operators together, as modules hold them, so that no call has to."""
+        """Put the arguments of the operators together, so that no timed call has to."""
         shape = self.shape
         self._dense = (self.input, self.weight, self.bias, shape.stride, shape.padding, 1, shape.groups)
         self._positional = (self.input, self.weight, self.bias, self.policy)

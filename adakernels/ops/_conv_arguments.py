@@ -231,13 +231,12 @@ def before_activation(
 
 
 def autocast(*arguments: Any) -> tuple[Any, ...]:
-    """The arguments in autocast's dtype, where that is on for the device of the first one, the input, as it
-    does for torch's convolutions."""
+    """The arguments in autocast's dtype, where it is on for the device of the first one, the input."""
     # Mostly one question is enough: to Python that the caches have lost, each one takes microseconds.
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return arguments
     input = arguments[0]
-    if not isinstance(input, Tensor):  # refused later, as others are
+    if not isinstance(input, Tensor):  # refused later
         return arguments
     kind = input.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):

@@ -143,11 +143,13 @@ def _cpu_form(
     native = False
     if dtype == torch.float32 and (fold or len(kernel) == 2 or not inner):
         work = shape[0] * math.prod(conv.output) * math.prod(kernel) * out_channels * shape[1] // conv.groups
+        points = math.prod(conv.output[-2:])
         winograd = (
             conv.groups == 1
             and tuple(kernel[-2:]) == (3, 3)
             and conv.stride[-2:] == conv.dilation[-2:] == (1, 1)
-            and math.prod(conv.output[-2:]) >= NATIVE_POINTS
+            and points >= NATIVE_POINTS
+            and shape[0] * math.prod(conv.output) > NATIVE_POINTS
         )
         native = work >= NATIVE_WORK and (winograd or not inner)
     if native:

@@ -102,9 +102,11 @@ void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> un
   });
   if (conv.rows_per_live == 0) flatten_grid(conv);
   if (whole_weights) {
-    int64_t rows = 0;
-    for (const Unit& unit : units) rows += unit.row_count;
-    conv.winograd.block = winograd_block(conv, row_count * live_count, double(rows) / double(row_count), kernels);
+    double products = 0;
+    for (const Unit& unit : units) products += double(unit.row_count * unit.live_count);
+    const auto kernel_count = double(used_rows(units, row_count).size()) * double(live_count);
+    const double uses = products > 0 ? products / kernel_count : 0;
+    conv.winograd.block = winograd_block(conv, row_count * live_count, uses, kernels);
   }
   if (conv.channels > 0) {
     const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
@@ -130,7 +132,8 @@ std::vector<Unit> units_of_rows(const std::vector<Unit>& units, int64_t begin, i
   return some;
 }
 
-// Runs convolutions to one target over the same units, and zeroes the target's channels that no unit writes.
+// Runs convolutions to one target over the same units, in parts of the rows where these have many transformed kernels,
+// and zeroes the target's channels that no unit writes.
 // live_count: source channels times temporal taps.
 void run(std::vector<Convolution>& convs, const Problem& problem, const std::vector<Unit>& units, int64_t row_count,
          int64_t live_count, const FrameChannels& zeros, int64_t frame_count) {
@@ -139,7 +142,7 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   int64_t parts = 1;
   for (Convolution& conv : convs) {
     prepare(conv, problem, units, row_count, live_count, kernels);
-    parts = std::max(parts, row_parts(conv, row_count, live_count, kernels));
+    parts = std::max(parts, kernel_parts(conv, row_count, live_count, kernels));
   }
   const int64_t plane = target.height * target.width;
   const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
@@ -156,7 +159,8 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
         transform_weights(conv, some, begin, end, live_count, kernels, call_scratch());
       add_tasks(tasks, conv, some, kernels, enough_tasks());
     }
-    const int64_t count = int64_t(tasks.size()), zeroing = p == 0 ? frame_count * chunks : 0;
+    const bool zeroes = p == 0;
+    const int64_t count = int64_t(tasks.size()), zeroing = zeroes ? frame_count * chunks : 0;
     const auto run_one = [&](int64_t i, Scratch& scratch) {
       if (i < count) {
         run_task(tasks[size_t(i)], kernels, scratch);
@@ -165,7 +169,7 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
         zero_channel_range(target, zeros, (i - count) / chunks, first, std::min(first + chunk, row_count));
       }
     };
-    run_tasks(count + zeroing, work(tasks) + (p == 0 ? zero_work : 0), run_one, zeroing);
+    run_tasks(count + zeroing, work(tasks) + (zeroes ? zero_work : 0), run_one, zeroing);
   }
 }
 
@@ -494,8 +498,6 @@ void convolve_blocks(const Problem& problem, const Tensor& input, const Tensor& 
   const std::span<const Unit> units = blocks.units;
   const int64_t channel_count = problem.in_channels * problem.t.size;
   prepare(conv, problem, units, problem.out_channels, channel_count, kernels);
-  // A block wants all of its rows at once.
-  if (row_parts(conv, problem.out_channels, channel_count, kernels) > 1) conv.winograd.block = 0;
   if (conv.winograd.block > 0)
     transform_weights(conv, units, 0, problem.out_channels, channel_count, kernels, call_scratch());
   std::vector<Task> tasks;

@@ -65,9 +65,9 @@ struct Unit {
 
 // Transformed 3x3 kernels: point p of channel c at row(r)[p * point_stride + c].
 struct WinogradWeights {
-  const float* weight;  // null: not transformed yet
+  const float* weight;
   int64_t first_row, row_stride, point_stride;
-  int64_t block;  // 2 or 4: outputs are made in blocks of that side, by (block + 2)^2 points of each kernel
+  int64_t block;  // 0, 2 or 4: outputs are made in blocks of that side, by (block + 2)^2 points of each kernel
 
   const float* row(int64_t r) const { return weight + (r - first_row) * row_stride; }
 };

@@ -27,7 +27,7 @@ struct Reconstruction {
   const float* temporal_weight;  // [2^(levels - 1) - 1, channels, kernel, kernel] or null
   const float* channel_weight;   // [channels, kernel, kernel] or null
   Activation activation;
-  bool streamed;  // planes that nothing is made from go past the caches; all begin with a line of these
+  bool streamed;  // what was not computed goes past the caches; all planes begin with a line of these
 
   // Every 2^level-th frame is computed, and frames of a group of that many are made from each other.
   int64_t frame_step() const {

@@ -28,7 +28,7 @@ constexpr int64_t kStayingKernels = 768 * 1024;
 constexpr int64_t kLargestKernels = 6 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
-// Kernels that are transformed at once, where there are more.
+// Of transformed kernels that are held at once. Where there are more, rows of them take turns.
 constexpr int64_t kKernelBytes = 12 << 20;
 // Transforming a kernel takes as long as so many products, most of it for memory.
 constexpr double kKernelWork = 1024;
@@ -180,6 +180,16 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
+std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count) {
+  std::vector<bool> used(size_t(row_count), false);
+  for (const Unit& unit : units)
+    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel)] = true;
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < row_count; ++r)
+    if (used[size_t(r)]) rows.push_back(r);
+  return rows;
+}
+
 int64_t winograd_block(const Convolution& conv, int64_t kernel_count, double uses, const Kernels& kernels) {
   const int64_t step = conv.step_y, points = conv.grid_height * conv.grid_width;
   if (number_stride(conv) == 0) return 0;
@@ -207,7 +217,7 @@ int64_t transformed_row(const Convolution& conv, int64_t channel_count, const Ke
 
 }  // namespace
 
-int64_t row_parts(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
+int64_t kernel_parts(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
   if (conv.winograd.block == 0) return 1;
   return std::max<int64_t>(1, ceil_div(4 * row_count * transformed_row(conv, channel_count, kernels), kKernelBytes));
 }
@@ -233,12 +243,7 @@ bool can_use_depthwise_channels(const Convolution& conv, int64_t source_channels
 
 void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_begin, int64_t row_end,
                        int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
-  std::vector<bool> used(size_t(row_end - row_begin), false);
-  for (const Unit& unit : units)
-    for (int64_t r = 0; r < unit.row_count; ++r) used[size_t(unit.rows[r].channel - row_begin)] = true;
-  std::vector<int64_t> rows;
-  for (int64_t r = row_begin; r < row_end; ++r)
-    if (used[size_t(r - row_begin)]) rows.push_back(r);
+  const std::vector<int64_t> rows = used_rows(units, row_end);
   const int64_t point_stride = kernels.winograd_point_stride(channel_count);
   const int64_t row_stride = transformed_row(conv, channel_count, kernels);
   float* transformed = static_cast<float*>(scratch.reserve((row_end - row_begin) * row_stride * 4));

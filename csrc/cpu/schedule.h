@@ -14,9 +14,12 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// The side of the blocks of outputs that Winograd's method makes: 4 where they fill a register tile and so many
-// transformed kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel at stride 1 or 2, maps
-// are large enough to fill vectors, and a kernel is used so often that transforming it pays.
+// The rows that units write, each once.
+std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count);
+
+// The side of the blocks of outputs that Winograd's method makes: 4 where they fill a register tile and `kernel_count`
+// transformed kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel, at stride 1 one whose
+// transformation pays for that many uses of each kernel, at stride 2 on maps that are large enough to fill vectors.
 int64_t winograd_block(const Convolution& convolution, int64_t kernel_count, double uses, const Kernels& kernels);
 
 // Whether the depthwise kernel reads and writes these planes: both planar, or both channels-last with so many channels.
@@ -25,7 +28,7 @@ bool can_use_depthwise_channels(const Convolution& convolution, int64_t source_c
 
 // In how many parts of its rows a convolution of chosen blocks is to be computed, so that those transformed at once do
 // not take much memory: the source is transformed anew for each.
-int64_t row_parts(const Convolution& convolution, int64_t row_count, int64_t channel_count, const Kernels& kernels);
+int64_t kernel_parts(const Convolution& convolution, int64_t row_count, int64_t channel_count, const Kernels& kernels);
 
 // Transforms the 3x3 kernels of the rows [row_begin, row_end) that units name into `scratch`, for the blocks chosen, and
 // has `convolution` use them.

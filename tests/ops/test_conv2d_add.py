@@ -23,6 +23,7 @@ SHAPES = {
     "gathered": (2, 16, 40, 7, 3, 1, 1),
     "winograd": (2, 6, 11, 15, 3, 1, 1),
     "winograd, stride 2": (2, 6, 11, 27, 3, 2, 1),
+    "winograd, in parts of the rows": (8, 512, 400, 7, 3, 1, 1),
     "direct": (2, 3, 8, 17, 7, 2, 3),
 }
 

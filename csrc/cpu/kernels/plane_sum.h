@@ -124,7 +124,7 @@ class PlaneShape {
   const float* zeros_;  // a row
 };
 
-// What becomes of a sum. streamed: it goes past the caches, to the start of one of their lines
+// What becomes of a sum. streamed: it goes past the caches, to multiples of a vector's size
 struct Finish {
   Activation activation;
   bool streamed = false;

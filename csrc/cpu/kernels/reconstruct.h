@@ -165,7 +165,7 @@ class ChannelMaker {
       sum_.add_filtered(planes, step, kernel, computed.scale);
     }
     sum_.write(dense(channel, first + after), group_ * what_.frame_stride, count, false,
-               {what_.activation, what_.streamed && after > 0});
+               {what_.activation, what_.streamed && after % step_ != 0});
   }
 
   const Reconstruction& what_;
