@@ -101,13 +101,7 @@ void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> un
     return unit.weight_offset == 0;
   });
   if (conv.rows_per_live == 0) flatten_grid(conv);
-  if (whole_weights) {
-    double products = 0;
-    for (const Unit& unit : units) products += double(unit.row_count * unit.live_count);
-    const auto kernel_count = double(used_rows(units, row_count).size()) * double(live_count);
-    const double uses = products > 0 ? products / kernel_count : 0;
-    conv.winograd.block = winograd_block(conv, row_count * live_count, uses, kernels);
-  }
+  if (whole_weights) conv.winograd.block = winograd_block(conv, units, row_count, live_count, kernels);
   if (conv.channels > 0) {
     const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
     float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));

@@ -180,6 +180,9 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
+namespace {
+
+// The rows that units write, each once.
 std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count) {
   std::vector<bool> used(size_t(row_count), false);
   for (const Unit& unit : units)
@@ -190,7 +193,17 @@ std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count) {
   return rows;
 }
 
-int64_t winograd_block(const Convolution& conv, int64_t kernel_count, double uses, const Kernels& kernels) {
+// How often each kernel of those rows is used, on average.
+double uses_of_kernels(std::span<const Unit> units, int64_t row_count, int64_t channel_count) {
+  int64_t uses = 0;
+  for (const Unit& unit : units) uses += unit.row_count * unit.live_count;
+  return uses == 0 ? 0 : double(uses) / (double(used_rows(units, row_count).size()) * double(channel_count));
+}
+
+}  // namespace
+
+int64_t winograd_block(const Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels) {
   const int64_t step = conv.step_y, points = conv.grid_height * conv.grid_width;
   if (number_stride(conv) == 0) return 0;
   if (conv.taps.size() != 9 || conv.step_x != step || (step != 1 && step != 2) || conv.shift_y != 2 / step ||
@@ -202,9 +215,10 @@ int64_t winograd_block(const Convolution& conv, int64_t kernel_count, double use
   const auto blocks = [&](int64_t side) { return ceil_div(conv.grid_height, side) * ceil_div(conv.grid_width, side); };
   if (step == 2) return points < kWinogradPoints ? 0 : 2;
   const int64_t saved = 9 * points - 16 * ceil_div(blocks(2), kernels.lanes) * kernels.lanes;  // by one use of a kernel
-  if (uses * double(saved) < kKernelWork) return 0;
+  if (uses_of_kernels(units, row_count, channel_count) * double(saved) < kKernelWork) return 0;
   const bool fewer_products = 36 * blocks(4) < 16 * blocks(2);
-  return fewer_products && blocks(4) >= kernels.pixel_block && 36 * 4 * kernel_count <= kLargestKernels ? 4 : 2;
+  const bool small_kernels = 36 * 4 * row_count * channel_count <= kLargestKernels;
+  return fewer_products && blocks(4) >= kernels.pixel_block && small_kernels ? 4 : 2;
 }
 
 namespace {

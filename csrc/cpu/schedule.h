@@ -14,13 +14,11 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// The rows that units write, each once.
-std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count);
-
-// The side of the blocks of outputs that Winograd's method makes: 4 where they fill a register tile and `kernel_count`
-// transformed kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel, at stride 1 one whose
-// transformation pays for that many uses of each kernel, at stride 2 on maps that are large enough to fill vectors.
-int64_t winograd_block(const Convolution& convolution, int64_t kernel_count, double uses, const Kernels& kernels);
+// The side of the blocks of outputs that Winograd's method makes: 4 where they fill a register tile and the transformed
+// kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel, at stride 1 one that the units use
+// so often that transforming it pays, at stride 2 on maps that are large enough to fill vectors.
+int64_t winograd_block(const Convolution& convolution, std::span<const Unit> units, int64_t row_count,
+                       int64_t channel_count, const Kernels& kernels);
 
 // Whether the depthwise kernel reads and writes these planes: both planar, or both channels-last with so many channels.
 bool can_use_depthwise_planes(const Convolution& convolution);
@@ -30,8 +28,8 @@ bool can_use_depthwise_channels(const Convolution& convolution, int64_t source_c
 // not take much memory: the source is transformed anew for each.
 int64_t kernel_parts(const Convolution& convolution, int64_t row_count, int64_t channel_count, const Kernels& kernels);
 
-// Transforms the 3x3 kernels of the rows [row_begin, row_end) that units name into `scratch`, for the blocks chosen, and
-// has `convolution` use them.
+// Transforms the 3x3 kernels of the rows [row_begin, row_end) that units name into `scratch`, for the blocks chosen,
+// and has `convolution` use them.
 void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_begin, int64_t row_end,
                        int64_t channel_count, const Kernels& kernels, Scratch& scratch);
 
