@@ -99,7 +99,7 @@ def register_gradient(
     torch.library.register_autograd(f"adakernels::{name}", backward, setup_context=setup_context, lib=library)
     op = getattr(torch.ops.adakernels, name).default
     methods = {
-        "forward": staticmethod(partial(_below_autograd, op)),
+        "forward": staticmethod(partial(below_autograd, op)),
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
     }
@@ -116,10 +116,11 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         return _functions[op].apply(*args) if op in _functions else op(*args)
     if torch.is_inference_mode_enabled():  # below autograd already
         return op(*args)
-    return _below_autograd(op, *args)
+    return below_autograd(op, *args)
 
 
-def _below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call an operator without recording for backward."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 

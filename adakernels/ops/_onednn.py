@@ -37,9 +37,8 @@ library.define(
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
-def onednn_enabled() -> bool:
-    """`torch.backends.mkldnn.enabled`, which as an attribute takes several Python calls."""
-    return torch._C._get_mkldnn_enabled()
+onednn_enabled = torch._C._get_mkldnn_enabled
+"""`torch.backends.mkldnn.enabled`, which as an attribute takes several Python calls."""
 
 
 def has_onednn(dtype: torch.dtype) -> bool:

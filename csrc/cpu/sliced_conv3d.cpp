@@ -228,6 +228,19 @@ std::tuple<Tensor, Tensor, Tensor> gradients_on_torch(const Problem& problem, co
   return {grad_input, grad_weight, grad_bias};
 }
 
+// Whether each point of the output follows from the one at its place alone.
+bool is_pointwise(const Problem& problem) {
+  const auto is_point = [](const KernelAxis& axis) { return axis.size == 1 && axis.stride == 1 && axis.padding == 0; };
+  return is_point(problem.t) && is_point(problem.y) && is_point(problem.x);
+}
+
+// A view of contiguous clips as single frames of one row, which take fewer and longer passes. [B, C, 1, 1, T * H * W]
+Tensor rows_view(const Tensor& clips) {
+  const int64_t C = clips.size(1), points = clips.size(2) * clips.size(3) * clips.size(4);
+  return torch::stable::from_blob(const_cast<void*>(clips.const_data_ptr()), {clips.size(0), C, 1, 1, points},
+                                  {C * points, points, points, points, 1}, clips.device(), clips.scalar_type());
+}
+
 Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T, H, W] | [sum T, C_in, H, W]
                      const Tensor& weight,                        // [C_out, C_in / groups, kt, kh, kw]
                      const std::optional<Tensor>& bias,           // [C_out]
@@ -242,9 +255,11 @@ Tensor sliced_conv3d(const Tensor& input,                         // [B, C_in, T
     Domain domain(problem, input, input, temporal, frame_offsets);
     return convolve_on_torch(problem, domain.clips(), input, weight, bias, activation, sizes);
   }
-  Tensor output = empty_like_format(input, sizes);
-  Domain domain(problem, input, output, temporal, frame_offsets);
-  convolve(problem, input, weight, bias, activation, output, domain.units(), no_channels());
+  const Tensor output = empty_like_format(input, sizes);
+  const bool in_rows = !frame_offsets.has_value() && input.is_contiguous() && input.numel() > 0 && is_pointwise(problem);
+  const Tensor source = in_rows ? rows_view(input) : input, target = in_rows ? rows_view(output) : output;
+  Domain domain(problem, source, target, temporal, frame_offsets);
+  convolve(problem, source, weight, bias, activation, target, domain.units(), no_channels());
   return output;
 }
 

@@ -113,6 +113,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+POINT = {"kernel": (1, 1, 1), "padding": (0, 0, 0)}
 POINTWISE = {"kernel": (3, 1, 1), "padding": (1, 0, 0)}
 STEM = {"kernel": (5, 7, 7), "stride": (1, 2, 2), "padding": (2, 3, 3), "channels": 3, "out_channels": 24}
 FIXED = [
@@ -126,6 +127,11 @@ FIXED = [
     Case(size=(1, 6, 5)),
     Case(size=(5, 14, 13), channels=20, out_channels=24, channels_last=True),
     Case(temporal="all"),
+    # One tap of stride 1: the frames of a planar clip are one row.
+    Case(**POINT, channels=40, out_channels=33, size=(5, 7, 9), activation="relu"),
+    Case(**POINT, channels=9, out_channels=18, depthwise=True),
+    Case(**POINT, channels=1, out_channels=20, clips=2),
+    Case(**POINT, stride=(2, 1, 1)),
     # Points that fill no vector are dot products, where weights lie in the order of what is read.
     *(
         Case(
