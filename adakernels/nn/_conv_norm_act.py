@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from adakernels import backends
+from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
+from adakernels.ops._cpu_conv import conv_on_cpu
+from adakernels.ops._layout import is_dense
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -77,15 +80,50 @@ class ConvNormAct(_ConvNd):
         op: str,
         input: Tensor,  # [N, C_in, ...]
     ) -> bool:
-        """Whether the CPU kernel of `op` may run this as a plain convolution, in a format that suits it."""
+        """Whether the CPU kernel of `op` may run this as a plain convolution."""
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and input.dim() == self.weight.dim()
-            and self.groups == 1
             and input.dtype == self.weight.dtype == torch.float32
-            and input.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
             and backends.requested_backend() in ("auto", "cpu")
             and backends.can_run_cpu(op, input.device, input.dtype)
         )
+
+    def conv_act(
+        self,
+        op: str,
+        input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
+        weight: Tensor,  # [C_out, C_in/groups, ...]
+        bias: Tensor | None,  # [C_out]
+        activation: str | None,
+    ) -> Tensor:
+        """`activation(conv(input) + bias)` of everything: by torch, or in inference on the CPU by the fastest
+        kernel for it, which may round otherwise."""
+        output = self.conv_act_on_cpu(op, input, weight, bias, activation)
+        if output is None:
+            output = ACTIVATIONS[activation](self._conv_forward(input, weight, bias))
+        if flops.counting:
+            flops.record_dense(f"conv{len(self.kernel_size)}d", output, math.prod(weight.shape[1:]))
+        return output
+
+    def conv_act_on_cpu(
+        self,
+        op: str,
+        input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
+        weight: Tensor,  # [C_out, C_in/groups, ...]
+        bias: Tensor | None,  # [C_out]
+        activation: str | None,
+    ) -> Tensor | None:
+        """The same where the CPU's kernels may run it, else None; frames with a weight without time."""
+        rank = weight.dim() - 2
+        if (
+            self.padding_mode != "zeros"
+            or input.dim() != weight.dim()
+            or not self.suits_cpu_kernel(op, input)
+            or not is_dense(input)
+        ):
+            return None
+        padding = self.padding if isinstance(self.padding, str) else self.padding[-rank:]
+        geometry = self.stride[-rank:], padding, self.dilation[-rank:], self.groups
+        return conv_on_cpu(op, input, weight, bias, *geometry, activation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias
 
 import torch
@@ -94,7 +93,8 @@ class DynamicConv3d(ConvNormAct, nn.Conv3d):
     """`torch.nn.Conv3d` that computes, per clip, some frames and channels and makes the others from them.
 
     Takes the constructor arguments of `torch.nn.Conv3d`, has its `state_dict` keys next to those of the
-    reconstruction, and is exactly that module when called without gates.
+    reconstruction, and is that module when called without gates (in inference on the CPU, by the fastest
+    kernel there is, which may round otherwise).
     Source: VA-RED² (Pan et al., ICLR 2021), Eq. 1-5 and 7.
 
     Args:
@@ -206,13 +206,8 @@ def _conv_act(
     temporal_gate: Tensor | None,  # [B, S_t]
     channel_gate: Tensor | None,  # [B, S_c]
 ) -> Tensor:
-    plain = temporal_gate is None and channel_gate is None
-    # oneDNN brings planar tensors to a layout of its own, which costs as much as many a convolution.
-    if plain and not conv.suits_cpu_kernel("dynamic_conv3d", input):
-        output = conv._conv_forward(input, weight, bias)
-        if flops.counting:
-            flops.record_dense("conv3d", output, math.prod(weight.shape[1:]))
-        return ACTIVATIONS[activation](output)
+    if temporal_gate is None and channel_gate is None:
+        return conv.conv_act("dynamic_conv3d", input, weight, bias, activation)
     arguments: dict[str, Any] = {
         "stride": conv.stride,
         "padding": conv.padding,
@@ -222,10 +217,6 @@ def _conv_act(
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         arguments["padding"] = 0
-    if plain:
-        # A gate that picks the only level changes nothing but the kernel.
-        one = torch.ones(len(input), 1)
-        return dynamic_conv3d(input, weight, bias, one, activation=activation, **arguments)
     return _reconstructed(conv, input, weight, bias, activation, temporal_gate, channel_gate, arguments)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeAlias, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adakernels import flops
 from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
 from adakernels.ops import gated_conv2d, temporal_fuse
 from adakernels.ops._layout import shares_memory
@@ -21,8 +18,8 @@ _Pair: TypeAlias = int | tuple[int, int]
 class GatedConv2d(ConvNormAct, nn.Conv2d):
     """`torch.nn.Conv2d` that computes, per frame, only the channels a policy asks for (AdaFuse, Eq. 3).
 
-    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that
-    module when called without a policy.
+    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is that module when
+    called without a policy (in inference on the CPU, by the fastest kernel, which may round otherwise).
 
     Args:
         norm: normalisation of the computed features, applied before they are fused over time: a module, or a
@@ -140,14 +137,8 @@ def _conv_act(
     frames: int,
     in_policy: Tensor | None,  # [N, C_in]
 ) -> Tensor:
-    if policy is None and in_policy is None and _outruns_torch(conv, input):
-        # An input policy that keeps everything changes nothing but the kernel.
-        in_policy = torch.zeros(input.shape[:2], dtype=torch.int64)
     if policy is None and in_policy is None:
-        output = conv._conv_forward(input, weight, bias)
-        if flops.counting:
-            flops.record_dense("conv2d", output, math.prod(weight.shape[1:]))
-        return ACTIVATIONS[activation](output)
+        return conv.conv_act("gated_conv2d", input, weight, bias, activation)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -167,21 +158,6 @@ def _conv_act(
     )
 
 
-def _outruns_torch(
-    conv: GatedConv2d,
-    input: Tensor,  # [N, C_in, H, W]
-) -> bool:
-    """Whether the package's kernel is the faster one for a convolution without any policy.
-
-    oneDNN brings planar tensors to a layout of its own: for large 1x1 maps, more work than the convolution.
-    """
-    return (
-        conv.kernel_size == (1, 1)
-        and math.prod(input.shape[2:]) // math.prod(conv.stride) >= 28 * 28
-        and conv.suits_cpu_kernel("gated_conv2d", input)
-    )
-
-
 def _can_add_in_place(
     conv: GatedConv2d,
     input: Tensor,  # [N, C_in, H, W]
@@ -191,7 +167,9 @@ def _can_add_in_place(
     return (
         conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
+        and conv.groups == 1
         and residual.dtype == input.dtype
+        and input.is_contiguous()
         and residual.is_contiguous()
         and conv.suits_cpu_kernel("gated_conv2d", input)
     )

@@ -21,8 +21,9 @@ _Triple: TypeAlias = int | tuple[int, int, int]
 class SlicedConv3d(ConvNormAct, nn.Conv3d):
     """`torch.nn.Conv3d` that a clip may have with all temporal taps or with the centre one (Ada3D, §3.2).
 
-    Takes the constructor arguments of `torch.nn.Conv3d`, has its `state_dict` keys, and is exactly that
-    module when called with a tensor alone.
+    Takes the constructor arguments of `torch.nn.Conv3d`, has its `state_dict` keys, and is that module when
+    called with a tensor alone (in inference on the CPU, by the fastest kernel for it, which may round
+    otherwise).
 
     Args:
         norm: normalisation of the computed features: a module, or a callable that makes one from the number
@@ -112,10 +113,7 @@ def _clips(
     temporal: Tensor | None,  # [B]
 ) -> Tensor:  # [B, C_out, T', H', W']
     if temporal is None:
-        output = conv._conv_forward(input, weight, bias)
-        if flops.counting:
-            flops.record_dense("conv3d", output, weight[0].numel())
-        return ACTIVATIONS[activation](output)
+        return conv.conv_act("sliced_conv3d", input, weight, bias, activation)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -179,16 +177,18 @@ def _frame_by_frame(
     # Nothing here depends on the flags and offsets, but what comes later may.
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups, activation
     offsets = checked_packed_clips(frames, weight, bias, temporal, clips.offsets, *geometry)
-    padding: Any = conv.padding if isinstance(conv.padding, str) else conv.padding[1:]
-    frames = F.conv2d(
-        frames, weight.squeeze(2), bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups
-    )
+    taps = weight.squeeze(2)
+    output = conv.conv_act_on_cpu("sliced_conv3d", frames, taps, bias, activation)
+    if output is None:
+        padding: Any = conv.padding if isinstance(conv.padding, str) else conv.padding[1:]
+        output = F.conv2d(frames, taps, bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups)
+        output = ACTIVATIONS[activation](output)
     if flops.counting:
         counts = sliced_conv3d_flops(
             weight.shape,
             batch=clips.batch,
-            output_size=(len(frames), *frames.shape[2:]),
+            output_size=(len(output), *output.shape[2:]),
             frame_offsets=offsets,
         )
         flops.record("conv3d", *counts)
-    return replace(clips, frames=ACTIVATIONS[activation](frames), offsets=offsets)
+    return replace(clips, frames=output, offsets=offsets)

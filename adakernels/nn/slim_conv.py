@@ -159,14 +159,11 @@ class _SlimConv(ConvNormAct):
         self,
         input: Tensor,  # [(N,) C_in, H, W] or [(B,) C_in, T, H, W]
     ) -> Tensor:  # [(N,) C_out, H', W'] or [(B,) C_out, T', H', W']
-        folded = self.with_norm(self.norm)
-        weight, bias = folded or (self.weight, self.bias)
-        output = self._conv_forward(input, weight, bias)
-        if flops.counting:
-            flops.record_dense(f"conv{len(self.kernel_size)}d", output, math.prod(weight.shape[1:]))
-        if folded is None:
-            assert self.norm is not None
-            output = self.norm(output)
+        op, folded = self.operator.__name__, self.with_norm(self.norm)
+        if folded is not None:
+            return self.conv_act(op, input, *folded, self.activation)
+        assert self.norm is not None
+        output: Tensor = self.norm(self.conv_act(op, input, self.weight, self.bias, None))
         return ACTIVATIONS[self.activation](output)
 
     def _prepared_for(

@@ -17,6 +17,11 @@ def memory_format(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def is_dense(input: Tensor) -> bool:
+    """Whether the tensor is in one of the two formats."""
+    return input.is_contiguous() or input.is_contiguous(memory_format=CHANNELS_LAST[input.dim()])
+
+
 def dense(input: Tensor, like: Tensor | None = None) -> Tensor:
     """The tensor itself if it is in the memory format of `like` (by default its own), else a copy that is."""
     if like is None and input.is_contiguous():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -27,9 +27,21 @@ from adakernels.ops._conv_arguments import (
     empty_output,
     kept_output,
 )
+from adakernels.ops._cpu_conv import (
+    CpuConv,
+    Form,
+    cpu_conv,
+    cpu_form,
+    cpu_form_of,
+    folded,
+    folded_arguments,
+    folded_weight,
+    prepared,
+    unfolded,
+)
 from adakernels.ops._layout import CHANNELS_LAST, dense, memory_format
-from adakernels.ops._library import below_autograd, call, flop_formula, library, register_gradient, run_on_gpu
-from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn, onednn_enabled
+from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
+from adakernels.ops._onednn import has_onednn, onednn_enabled
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
 
@@ -121,10 +133,10 @@ def _cpu(
 ) -> Tensor:
     conv = _spelled_out(input, weight, out_channels, stride, padding, dilation, groups, activation)
     form = cpu_form(input, weight.shape[2:], conv, out_channels)
-    weight = _folded_weight(form.fold, slim_weight(weight, out_channels, _pairs(segments)))
+    weight = folded_weight(form.fold, slim_weight(weight, out_channels, _pairs(segments)))
     if form.kernel == "native":
         weight = weight.contiguous()
-    run = _cpu_conv(form, tuple(input.shape), memory_format(input), conv, out_channels)
+    run = cpu_conv(form, tuple(input.shape), memory_format(input), conv, out_channels)
     return run(input, weight, None if bias is None else bias[:out_channels])
 
 
@@ -148,11 +160,11 @@ def _cpu_backward(
     pairs = _pairs(segments)
     # oneDNN's gradients are faster in three dimensions than over columns, and of a dense weight.
     fold = "" if form.fold == "columns" else form.fold
-    strides, paddings, dilations, used_groups = _folded_arguments(fold, conv)
-    part = _folded_weight(fold, slim_weight(weight, out_channels, pairs))
+    strides, paddings, dilations, used_groups = folded_arguments(fold, conv)
+    part = folded_weight(fold, slim_weight(weight, out_channels, pairs))
     operands = [
-        _folded(fold, grad_output),
-        _folded(fold, input),
+        folded(fold, grad_output),
+        folded(fold, input),
         part.contiguous(memory_format=CHANNELS_LAST[part.dim()]) if form.kernel == "onednn" else part,
     ]
     reaches = zip(operands[1].shape[2:], operands[2].shape[2:], dilations, strict=True)
@@ -173,11 +185,11 @@ def _cpu_backward(
     )
     to_input, to_weight, to_bias = weight.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if grad_input:
-        grad = _unfolded(fold, grads[0], input.shape[0], input.shape[2:])
+        grad = unfolded(fold, grads[0], input.shape[0], input.shape[2:])
         to_input = dense(grad.to(input.dtype), like=input)
     if grad_weight:
         to_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        target = _folded_weight(fold, to_weight)
+        target = folded_weight(fold, to_weight)
         begin = 0
         for start, stop in pairs:
             target[:out_channels, start:stop] = grads[1][:, begin : begin + stop - start]
@@ -442,6 +454,19 @@ def plan(
     )
 
 
+def prepare(
+    form: Form,
+    weight: Tensor,  # [C_out, C_in/groups, ...]
+    bias: Tensor | None,  # [C_out]
+    arguments: SlimArguments,
+    shape: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:  # [out_channels, C/groups, ...], [out_channels]
+    """The selected part of weight and bias as `form` reads them fastest: see `prepared`."""
+    conv, out_channels, segments, _ = arguments
+    part = slim_weight(weight, out_channels, _pairs(segments))
+    return prepared(form, part, None if bias is None else bias[:out_channels], conv, shape)
+
+
 class CpuCall(NamedTuple):
     """What a call on the CPU with a prepared weight needs besides its tensors."""
 
@@ -488,12 +513,12 @@ def _cpu_call(
     if backend != "cpu" or slim.conv.pad:
         return None
     shape, kernel = tuple(input[0]), tuple(weight[0][2:])
-    form = _cpu_form(shape, format, input[1], kernel, slim.conv, slim.out_channels, has_onednn)
+    form = cpu_form_of(shape, format, input[1], kernel, slim.conv, slim.out_channels, has_onednn)
     conv = slim.conv
     if form.kernel == "onednn" and {*kernel, *conv.stride, conv.groups} == {1} and not any(conv.padding):
         # With the weight prepared, oneDNN's matrix product takes less time than its convolution.
         form = Form("pixels", "linear")
-    return CpuCall(slim, _cpu_conv(form, shape, format, slim.conv, slim.out_channels))
+    return CpuCall(slim, cpu_conv(form, shape, format, slim.conv, slim.out_channels))
 
 
 def cpu_settings() -> tuple[Any, ...]:

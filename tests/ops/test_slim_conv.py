@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adakernels as ak
 from adakernels import _extension, backends
-from adakernels.ops import slim_conv, slim_conv_reference
+from adakernels.ops import _cpu_conv, slim_conv, slim_conv_reference
 
 OPERATORS = {2: ak.slim_conv2d, 3: ak.slim_conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -242,14 +242,14 @@ def check(case: Case) -> None:
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cpu_backend: None) -> Iterator[str]:
     """Runs the test in each of the forms that the CPU has, wherever that can do a call."""
-    slim_conv._cpu_form.cache_clear()
+    _cpu_conv.cpu_form_of.cache_clear()
     native = request.param == FORMS[0]
-    monkeypatch.setattr(slim_conv, "NATIVE_WORK", 0 if native else math.inf)
-    monkeypatch.setattr(slim_conv, "NATIVE_POINTS", 1)
+    monkeypatch.setattr(_cpu_conv, "NATIVE_WORK", 0 if native else math.inf)
+    monkeypatch.setattr(_cpu_conv, "NATIVE_POINTS", 1)
     if request.param == "torch":
-        monkeypatch.setattr(slim_conv, "has_onednn", lambda dtype: False)
+        monkeypatch.setattr(_cpu_conv, "has_onednn", lambda dtype: False)
     yield request.param
-    slim_conv._cpu_form.cache_clear()
+    _cpu_conv.cpu_form_of.cache_clear()
 
 
 @pytest.mark.usefixtures("form")
@@ -315,7 +315,7 @@ def test_large_enough_maps_take_the_kernels_of_this_package() -> None:
         input = torch.randn(1, 64, *size).contiguous(memory_format=torch.channels_last_3d)
         arguments = (56, None, 1, (0, 1, 1), 1, 1, "relu")
         conv = slim_conv.plan("slim_conv3d", input, weight, None, *arguments).arguments.conv
-        assert slim_conv.cpu_form(input, (1, 3, 3), conv, 56) == ("frames", kernel)
+        assert _cpu_conv.cpu_form(input, (1, 3, 3), conv, 56) == ("frames", kernel)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
