@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, wraps
-from itertools import chain
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
+from adakernels import backends
 from adakernels.ops._library import library
 
-P = ParamSpec("P")
 R = TypeVar("R")
 Facts: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -199,35 +200,64 @@ def check_channel_policy(
     check_same(op, name, policy, "input", input, dtype=False)
 
 
-# Of what is in tuples, values of these types only equal each other, while 1 is also 1.0 and True.
-_KEYS = frozenset({int, torch.Size, torch.dtype, torch.device})
+# Types of arguments that always stay what they are.
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format})
+_REMEMBERED = 4096
 
 
-def _is_key(arguments: Iterable[Any]) -> bool:
-    """Whether no tuple among the arguments equals one that has other types in it."""
-    within = [*chain.from_iterable([x for x in arguments if isinstance(x, tuple)])]
-    if _KEYS.issuperset(map(type, within)):
-        return True
-    return (_KEYS | {tuple}).issuperset(map(type, within)) and _is_key(x for x in within if type(x) is tuple)
+def planned(*names: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Decorator for what validates a call and plans it from static facts, which are the same for many calls.
+
+    The function takes the requested backend, the operator's name, for each of `names` the facts of the
+    tensor of that name ("bias?": or None), and any other arguments. What comes of it takes the name, the
+    tensors and the other arguments, and remembers the results outside of compilation.
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[..., R]:
+        results: dict[tuple[Any, ...], R] = {}
+
+        def plan(op: str, arguments: tuple[Any, ...]) -> R:
+            tensors = [
+                None if name[-1] == "?" and tensor is None else facts(op, name.rstrip("?"), tensor)
+                for name, tensor in zip(names, arguments, strict=False)
+            ]
+            return function(backends.requested_backend(), op, *tensors, *arguments[len(names) :])
+
+        @wraps(function)
+        def call(op: str, *arguments: Any) -> R:
+            if is_compiling():
+                return plan(op, arguments)
+            # In one loop of few words: the caches have often lost everything that Python needs for a call.
+            parts: list[Any] = [backends.requested_backend(), op]
+            for argument in arguments:
+                kind = type(argument)
+                if kind is Tensor or kind is Parameter:
+                    parts += argument.shape, argument.dtype, argument.device
+                elif kind in _PLAIN:
+                    parts += kind, argument  # 1 is also 1.0 and True
+                elif kind is tuple and _holds_integers(argument):
+                    parts.append(argument)
+                else:  # lists, symbolic sizes, other kinds of tensors
+                    return plan(op, arguments)
+            key = tuple(parts)
+            if key not in results:
+                result = plan(op, arguments)
+                if len(results) >= _REMEMBERED:
+                    results.clear()
+                results[key] = result
+            return results[key]
+
+        return call
+
+    return decorate
 
 
-def cached(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: remember the results of a pure function of facts and arguments, outside of compilation."""
-    remembered = lru_cache(maxsize=4096, typed=True)(function)
-    # What has a name of its own is a fact or no tuple.
-    named = function.__code__.co_argcount
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling() and _is_key(args[named:]):
-            try:
-                return remembered(*args, **kwargs)  # type: ignore[arg-type]
-            except TypeError:
-                # Lists and symbolic sizes are no keys; a bad argument fails again below.
-                pass
-        return function(*args, **kwargs)
-
-    return call
+def _holds_integers(values: tuple[Any, ...]) -> bool:
+    """Whether there are no numbers in it but ints, so that it only equals what is the same."""
+    for value in values:
+        if type(value) is not int and not (type(value) is tuple and _holds_integers(value)):
+            return False
+    return True
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
 
 from adakernels import backends
 from adakernels.ops import _checks
@@ -233,7 +235,7 @@ def before_activation(
 def autocast(*arguments: Any) -> tuple[Any, ...]:
     """The arguments in autocast's dtype, where it is on for the device of the first one, the input."""
     # Mostly one question is enough: to Python that the caches have lost, each one takes microseconds.
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not is_compiling() and not _is_any_autocast_enabled():
         return arguments
     input = arguments[0]
     if not isinstance(input, Tensor):  # refused later

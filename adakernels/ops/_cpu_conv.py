@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adakernels.ops import _checks
-from adakernels.ops._checks import Facts, facts, optional_facts
+from adakernels.ops._checks import Facts
 from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate, conv_arguments
 from adakernels.ops._layout import CHANNELS_LAST, memory_format
 from adakernels.ops._library import below_autograd
@@ -256,14 +256,15 @@ def cpu_conv(
     return CpuConv(form, shape, format, conv, out_channels)
 
 
-@_checks.cached
+@_checks.planned("input", "weight", "bias?")
 def _fastest(
-    format: torch.memory_format,
-    has_onednn: bool,
+    requested: str,
     op: str,
     input: Facts,
     weight: Facts,
     bias: Facts | None,
+    format: torch.memory_format,
+    has_onednn: bool,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -294,13 +295,5 @@ def conv_on_cpu(
         input: float32 or bfloat16, contiguous or channels last.
         arguments: stride, padding, dilation, groups and activation.
     """
-    run = _fastest(
-        memory_format(input),
-        has_onednn(input.dtype),
-        op,
-        facts(op, "input", input),
-        facts(op, "weight", weight),
-        optional_facts(op, "bias", bias),
-        *arguments,
-    )
+    run = _fastest(op, input, weight, bias, memory_format(input), has_onednn(input.dtype), *arguments)
     return None if run is None else run(input, folded_weight(run.form.fold, weight), bias)

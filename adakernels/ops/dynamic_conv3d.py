@@ -48,6 +48,7 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 run_on_gpu("dynamic_conv3d", "dynamic_conv3d_backward")
+_operator = torch.ops.adakernels.dynamic_conv3d.default
 
 
 def computed_channels(channels: int, level: int) -> int:
@@ -199,9 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, output = ctx.saved_tensors
-    linear = partial(
-        torch.ops.adakernels.dynamic_conv3d.default, *tensors, *ctx.conv, ACTIVATIONS.index(None)
-    )
+    linear = partial(_operator, *tensors, *ctx.conv, ACTIVATIONS.index(None))
     grad_output = before_activation(grad_output, ctx.activation, output, linear)
     wanted = ctx.needs_input_grad[:7]
     grads = torch.ops.adakernels.dynamic_conv3d_backward.default(
@@ -423,9 +422,12 @@ class _Plan(NamedTuple):
     conv: ConvArguments
 
 
-@_checks.cached
+@_checks.planned(
+    "input", "weight", "bias?", "temporal_gate?", "channel_gate?", "temporal_weight?", "channel_weight?"
+)
 def _plan(
     requested: str,
+    op: str,
     input: Facts,
     weight: Facts,
     bias: Facts | None,
@@ -494,14 +496,14 @@ def dynamic_conv3d(
         input, weight, bias, temporal_weight, channel_weight
     )
     backend, conv = _plan(
-        backends.requested_backend(),
-        facts(op, "input", input),
-        facts(op, "weight", weight),
-        optional_facts(op, "bias", bias),
-        optional_facts(op, "temporal_gate", temporal_gate),
-        optional_facts(op, "channel_gate", channel_gate),
-        optional_facts(op, "temporal_weight", temporal_weight),
-        optional_facts(op, "channel_weight", channel_weight),
+        op,
+        input,
+        weight,
+        bias,
+        temporal_gate,
+        channel_gate,
+        temporal_weight,
+        channel_weight,
         stride,
         padding,
         dilation,
@@ -552,7 +554,7 @@ def dynamic_conv3d(
         )
         return dense(output, like=input)
     return call(
-        torch.ops.adakernels.dynamic_conv3d.default,
+        _operator,
         dense(input),
         weight,
         bias,

@@ -44,6 +44,7 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 run_on_gpu("gated_conv2d", "gated_conv2d_backward")
+_operator = torch.ops.adakernels.gated_conv2d.default
 
 
 def gated_conv2d_reference(
@@ -115,8 +116,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
     def linear() -> Tensor:
         none = ACTIVATIONS.index(None)
-        op = torch.ops.adakernels.gated_conv2d.default
-        result: Tensor = op(input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, none)
+        result: Tensor = _operator(input, weight, bias, policy, in_policy, ctx.frames, *ctx.conv, none)
         return result
 
     # Activations map 0 to 0, so activating before the mixing is the same as activating the mixed features.
@@ -212,9 +212,10 @@ class _Plan(NamedTuple):
     conv: ConvArguments
 
 
-@_checks.cached
+@_checks.planned("input", "weight", "bias?", "policy?", "in_policy?")
 def _plan(
     requested: str,
+    op: str,
     input: Facts,
     weight: Facts,
     bias: Facts | None,
@@ -272,12 +273,12 @@ def gated_conv2d(
     """
     input, weight, bias = autocast(input, weight, bias)
     backend, conv = _plan(
-        backends.requested_backend(),
-        facts("gated_conv2d", "input", input),
-        facts("gated_conv2d", "weight", weight),
-        optional_facts("gated_conv2d", "bias", bias),
-        optional_facts("gated_conv2d", "policy", policy),
-        optional_facts("gated_conv2d", "in_policy", in_policy),
+        "gated_conv2d",
+        input,
+        weight,
+        bias,
+        policy,
+        in_policy,
         frames,
         stride,
         padding,
@@ -300,10 +301,34 @@ def gated_conv2d(
         )
     if conv.pad:
         input = F.pad(input, conv.pad)
-    return _run(backend, conv, input, weight, bias, policy, in_policy, frames)
+    if backend == "reference" or (policy is not None and is_soft(policy)):
+        return _run_dense(backend, conv, input, weight, bias, policy, in_policy, frames)
+    return _run_kernel(conv, input, weight, bias, policy, in_policy, frames)
 
 
-def _run(
+def _run_kernel(
+    conv: ConvArguments,
+    input: Tensor,  # [N, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    policy: Tensor | None,  # [N, C_out]
+    in_policy: Tensor | None,  # [N, C_in]
+    frames: int,
+) -> Tensor:  # [N, C_out, H', W']
+    return call(
+        _operator,
+        dense(input),
+        weight,
+        bias,
+        None if policy is None else as_index(policy),
+        None if in_policy is None else as_index(in_policy),
+        frames,
+        *conv[:4],
+        conv.activation,
+    )
+
+
+def _run_dense(
     backend: str,
     conv: ConvArguments,
     input: Tensor,  # [N, C_in, H, W]
@@ -313,13 +338,16 @@ def _run(
     in_policy: Tensor | None,  # [N, C_in]
     frames: int,
 ) -> Tensor:  # [N, C_out, H', W']
+    """Where every output channel is computed, and for the reference."""
+    if policy is not None and is_soft(policy):
+        if backend == "reference":
+            output = _run_dense(backend, conv, input, weight, bias, None, in_policy, frames)
+        else:
+            output = _run_kernel(conv, input, weight, bias, None, in_policy, frames)
+        return temporal_fuse(output, policy, frames=frames)
     if policy is None and in_policy is None:
         output = activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
-        return dense(output, like=input)
-    if policy is not None and is_soft(policy):
-        output = _run(backend, conv, input, weight, bias, None, in_policy, frames)
-        return temporal_fuse(output, policy, frames=frames)
-    if backend == "reference":
+    else:
         output = gated_conv2d_reference(
             input,
             weight,
@@ -333,18 +361,7 @@ def _run(
             in_policy=None if in_policy is None else checked_policy(in_policy, "gated_conv2d", "in_policy"),
             activation=ACTIVATIONS[conv.activation],
         )
-        return dense(output, like=input)
-    return call(
-        torch.ops.adakernels.gated_conv2d.default,
-        dense(input),
-        weight,
-        bias,
-        None if policy is None else as_index(policy),
-        None if in_policy is None else as_index(in_policy),
-        frames,
-        *conv[:4],
-        conv.activation,
-    )
+    return dense(output, like=input)
 
 
 @backends.explains(gated_conv2d)

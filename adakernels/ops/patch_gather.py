@@ -32,6 +32,7 @@ library.define(
     tags=TAGS,
 )
 run_on_gpu("patch_gather", "patch_gather_grad_origin", "patch_gather_grad_input")
+_operator = torch.ops.adakernels.patch_gather.default
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
@@ -180,10 +181,10 @@ def _predicates(input: Facts) -> Mapping[str, backends.Predicate]:
 def _check(
     input: Facts,
     origin: Facts,
-    size: Any,
     frame_index: Facts | None,
     mean: Facts | None,
     std: Facts | None,
+    size: Any,
 ) -> tuple[int, ...]:
     op = "patch_gather"
     _checks.check_rank(op, "input", input[0], "N, C, H, W")
@@ -232,10 +233,10 @@ class _Plan(NamedTuple):
     size: tuple[int, ...]
 
 
-@_checks.cached
-def _plan(requested: str, input: Facts, *arguments: Any) -> _Plan:
+@_checks.planned("input", "origin", "frame_index?", "mean?", "std?")
+def _plan(requested: str, op: str, input: Facts, origin: Facts, *arguments: Any) -> _Plan:
     """Validate a call and choose its backend."""
-    size = _check(input, *arguments)
+    size = _check(input, origin, *arguments)
     return _Plan(backends.choose(requested, _predicates(input)), size)
 
 
@@ -293,15 +294,7 @@ def patch_gather(
     """
     op = "patch_gather"
     mean, std = _constant("mean", mean, input), _constant("std", std, input)
-    backend, sizes = _plan(
-        backends.requested_backend(),
-        facts(op, "input", input),
-        facts(op, "origin", origin),
-        size,
-        optional_facts(op, "frame_index", frame_index),
-        optional_facts(op, "mean", mean),
-        optional_facts(op, "std", std),
-    )
+    backend, sizes = _plan(op, input, origin, frame_index, mean, std, size)
     mean, std = (None if x is None else x.detach() for x in (mean, std))
     # The kernels for the CPU look at the indices themselves, those for GPUs do not.
     if frame_index is not None and (backend == "reference" or _checks.debugging()):
@@ -311,7 +304,7 @@ def patch_gather(
         output = patch_gather_reference(input, origin, sizes, frame_index=frame_index, mean=mean, std=std)
         return dense(output, like=input)
     return call(
-        torch.ops.adakernels.patch_gather.default,
+        _operator,
         dense(input),
         origin.to(torch.float32).contiguous(),
         sizes,
@@ -335,9 +328,9 @@ def _explain(
     _check(
         what,
         facts(op, "origin", origin),
-        size,
         optional_facts(op, "frame_index", frame_index),
         optional_facts(op, "mean", _constant("mean", mean, input)),
         optional_facts(op, "std", _constant("std", std, input)),
+        size,
     )
     return _predicates(what)

@@ -43,6 +43,7 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 run_on_gpu("sliced_conv3d", "sliced_conv3d_backward")
+_operator = torch.ops.adakernels.sliced_conv3d.default
 
 
 def sliced_conv3d_reference(
@@ -168,8 +169,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
     def linear() -> Tensor:
         none = ACTIVATIONS.index(None)
-        op = torch.ops.adakernels.sliced_conv3d.default
-        result: Tensor = op(input, weight, bias, temporal, frame_offsets, *ctx.conv, none)
+        result: Tensor = _operator(input, weight, bias, temporal, frame_offsets, *ctx.conv, none)
         return result
 
     grad_output = before_activation(grad_output, ctx.activation, output, linear)
@@ -290,9 +290,10 @@ class _Plan(NamedTuple):
     conv: ConvArguments
 
 
-@_checks.cached
+@_checks.planned("input", "weight", "bias?", "temporal?", "frame_offsets?")
 def _plan(
     requested: str,
+    op: str,
     input: Facts,
     weight: Facts,
     bias: Facts | None,
@@ -304,6 +305,12 @@ def _plan(
     conv = _check(input, weight, bias, temporal, frame_offsets, *arguments)
     predicates = _predicates(input, weight, temporal, frame_offsets, conv.groups)
     return _Plan(backends.choose(requested, predicates), conv)
+
+
+@_checks.planned("input", "weight", "bias?", "temporal?", "frame_offsets")
+def _check_packed_clips(requested: str, op: str, *arguments: Any) -> ConvArguments:
+    """Validate a call, whatever backend is asked for."""
+    return _check(*arguments)
 
 
 def checked_packed_clips(
@@ -319,16 +326,7 @@ def checked_packed_clips(
     Args:
         arguments: stride, padding, dilation, groups and activation.
     """
-    op = "sliced_conv3d"
-    _plan(
-        "auto",
-        facts(op, "input", input),
-        facts(op, "weight", weight),
-        optional_facts(op, "bias", bias),
-        optional_facts(op, "temporal", temporal),
-        facts(op, "frame_offsets", frame_offsets),
-        *arguments,
-    )
+    _check_packed_clips("sliced_conv3d", input, weight, bias, temporal, frame_offsets, *arguments)
     if frame_offsets.device.type == "cpu" or _checks.debugging():
         return checked_offsets(frame_offsets, input.shape[0])
     return frame_offsets
@@ -377,12 +375,12 @@ def sliced_conv3d(
     op = "sliced_conv3d"
     input, weight, bias = autocast(input, weight, bias)
     backend, conv = _plan(
-        backends.requested_backend(),
-        facts(op, "input", input),
-        facts(op, "weight", weight),
-        optional_facts(op, "bias", bias),
-        optional_facts(op, "temporal", temporal),
-        optional_facts(op, "frame_offsets", frame_offsets),
+        op,
+        input,
+        weight,
+        bias,
+        temporal,
+        frame_offsets,
         stride,
         padding,
         dilation,
@@ -428,7 +426,7 @@ def _run(
         )
         return dense(output, like=input)
     return call(
-        torch.ops.adakernels.sliced_conv3d.default,
+        _operator,
         dense(input),
         weight,
         bias,

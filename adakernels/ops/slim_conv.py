@@ -57,6 +57,7 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 run_on_gpu("slim_conv", "slim_conv_backward")
+_operator = torch.ops.adakernels.slim_conv.default
 
 
 def slim_weight(
@@ -245,9 +246,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias, output = ctx.saved_tensors
 
     def linear() -> Tensor:
-        result: Tensor = torch.ops.adakernels.slim_conv.default(
-            input, weight, bias, *ctx.conv, ACTIVATIONS.index(None)
-        )
+        result: Tensor = _operator(input, weight, bias, *ctx.conv, ACTIVATIONS.index(None))
         return result
 
     grad_output = before_activation(grad_output, ctx.activation, output, linear)
@@ -425,33 +424,16 @@ class Plan(NamedTuple):
     arguments: SlimArguments
 
 
-@_checks.cached
 def _plan(requested: str, op: str, input: Facts, weight: Facts, *arguments: Any) -> Plan:
-    """Validate a call and choose its backend."""
     checked = _check(op, input, weight, *arguments)
     return Plan(backends.choose(requested, _predicates(op, input, weight, checked)), checked)
 
 
-def plan(
-    op: str,
-    input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
-    weight: Tensor,  # [C_out, C_in/groups, ...]
-    bias: Tensor | None,  # [C_out]
-    *arguments: Any,
-) -> Plan:
-    """Validate a call of `op` and choose its backend.
+plan = _checks.planned("input", "weight", "bias?")(_plan)
+"""Validate a call of the operator of that name and choose its backend.
 
-    Args:
-        arguments: out_channels, segments, stride, padding, dilation, groups and activation.
-    """
-    return _plan(
-        backends.requested_backend(),
-        op,
-        facts(op, "input", input),
-        facts(op, "weight", weight),
-        optional_facts(op, "bias", bias),
-        *arguments,
-    )
+out_channels, segments, stride, padding, dilation, groups and activation follow the tensors.
+"""
 
 
 def prepare(
@@ -487,29 +469,21 @@ def cpu_call(
         input: contiguous or channels last.
         arguments: as of `plan`.
     """
-    return _cpu_call(
-        backends.requested_backend(),
-        has_onednn(input.dtype),
-        memory_format(input),
-        op,
-        facts(op, "input", input),
-        facts(op, "weight", weight),
-        optional_facts(op, "bias", bias),
-        *arguments,
-    )
+    return _cpu_call(op, input, weight, bias, memory_format(input), has_onednn(input.dtype), *arguments)
 
 
-@_checks.cached
+@_checks.planned("input", "weight", "bias?")
 def _cpu_call(
     requested: str,
-    has_onednn: bool,
-    format: torch.memory_format,
     op: str,
     input: Facts,
     weight: Facts,
+    bias: Facts | None,
+    format: torch.memory_format,
+    has_onednn: bool,
     *arguments: Any,
 ) -> CpuCall | None:
-    backend, slim = _plan(requested, op, input, weight, *arguments)
+    backend, slim = _plan(requested, op, input, weight, bias, *arguments)
     if backend != "cpu" or slim.conv.pad:
         return None
     shape, kernel = tuple(input[0]), tuple(weight[0][2:])
@@ -568,7 +542,7 @@ def _slim_conv(
         )
         return dense(output, like=input)
     return call(
-        torch.ops.adakernels.slim_conv.default,
+        _operator,
         dense(input),
         weight,
         bias,

@@ -26,6 +26,7 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 run_on_gpu("temporal_fuse", "temporal_fuse_backward")
+_operator = torch.ops.adakernels.temporal_fuse.default
 
 
 def temporal_fuse_reference(
@@ -115,8 +116,8 @@ def _check(input: Facts, policy: Facts, frames: Any) -> None:
     _checks.check_channel_policy(op, "policy", policy, input, input[0][1], "C", soft=True)
 
 
-@_checks.cached
-def _plan(requested: str, input: Facts, policy: Facts, frames: Any) -> str:
+@_checks.planned("input", "policy")
+def _plan(requested: str, op: str, input: Facts, policy: Facts, frames: Any) -> str:
     """Validate a call and choose its backend."""
     _check(input, policy, frames)
     return backends.choose(requested, _predicates(input))
@@ -148,15 +149,14 @@ def temporal_fuse(
         ValueError, TypeError: for a wrong rank, shape, dtype, device or range, or a policy value outside
             0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
-    what = facts("temporal_fuse", "input", input), facts("temporal_fuse", "policy", policy)
-    backend = _plan(backends.requested_backend(), *what, frames)
+    backend = _plan("temporal_fuse", input, policy, frames)
     # The kernels for the CPU look at the values themselves, those for GPUs do not.
     if not is_soft(policy) and (backend == "reference" or _checks.debugging()):
         policy = checked_policy(policy, "temporal_fuse", "policy")
     if backend == "reference":
         return dense(temporal_fuse_reference(input, policy, frames=frames), like=input)
     policy = policy.to(input.dtype).contiguous() if is_soft(policy) else as_index(policy)
-    return call(torch.ops.adakernels.temporal_fuse.default, dense(input), policy, frames)
+    return call(_operator, dense(input), policy, frames)
 
 
 @backends.explains(temporal_fuse)

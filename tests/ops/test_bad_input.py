@@ -473,11 +473,42 @@ def test_the_same_call_with_numbers_of_another_type() -> None:
 def test_calls_are_remembered() -> None:
     calls: list[Any] = []
 
-    @_checks.cached
-    def plan(requested: str, input: _checks.Facts, *arguments: Any) -> None:
-        calls.append(arguments)
+    @_checks.planned("input", "bias?")
+    def plan(
+        requested: str, op: str, input: _checks.Facts, bias: _checks.Facts | None, *arguments: Any
+    ) -> int:
+        calls.append((requested, op, input, bias, *arguments))
+        return len(calls)
 
-    for _ in range(2):
-        facts = _checks.facts("plan", "input", ints(4, 4))
-        plan("auto", facts, facts, (1, 1), 1, None, ((0, 2), (2, 4)))
-    assert len(calls) == 1
+    arguments = (1, 1), 1, None, ((0, 2), (2, 4))
+    for _ in range(2):  # also of a parameter, which has the same facts
+        for input in (torch.ones(4, 4), torch.nn.Parameter(torch.zeros(4, 4))):
+            assert plan("plan", input, None, *arguments) == 1
+    assert calls == [
+        (ak.backends.requested_backend(), "plan", _checks.facts("", "", input), None, *arguments)
+    ]
+    others = [
+        ("other", input, None, *arguments),
+        ("plan", input.detach().double(), None, *arguments),
+        ("plan", input[:2].detach(), None, *arguments),
+        ("plan", input, input, *arguments),
+        ("plan", input, None, (1, True), *arguments[1:]),
+        ("plan", input, None, (1, 1), True, *arguments[2:]),
+        ("plan", input, None, (1, 1), 1.0, *arguments[2:]),
+        ("plan", input, None, (1, 1), 1, None, ((0, 2.0), (2, 4))),
+        ("plan", input, None, [1, 1], 1, None, ((0, 2), (2, 4))),
+    ]
+    for number, other in enumerate(others, 2):
+        assert plan(*other) == number
+    with ak.use_backend("reference"):
+        assert plan("plan", input, None, *arguments) == len(others) + 2
+    # A list may be another one in the next call, and a tensor of another kind may lie about its shape.
+    assert plan(*others[-1]) == len(others) + 3
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(4, 4))
+    assert plan("plan", fake, None, *arguments) == len(others) + 4
+    assert plan("plan", fake, None, *arguments) == len(others) + 5
+    with pytest.raises(TypeError, match="plan: expected input to be a Tensor, got NoneType"):
+        plan("plan", None, None)
+    with pytest.raises(TypeError, match="plan: expected bias to be a Tensor, got int"):
+        plan("plan", input, 1)
