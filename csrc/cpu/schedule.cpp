@@ -69,10 +69,20 @@ int64_t winograd_parts(int64_t least, int64_t block_rows, int64_t block_columns,
   return best;
 }
 
+// A thread takes tasks one after the other, more or less. rows: of the source that a step of a tile's y stands for.
+void hint_next(std::span<Task> tasks, const Convolution& conv, int64_t rows) {
+  const auto start = [&](const Task& task) {
+    return task.units->source_frame * conv.source.frame_stride + task.tile.y_begin * rows * conv.source.row_stride +
+           task.tile.x_begin;
+  };
+  for (size_t i = 0; i + 1 < tasks.size(); ++i) tasks[i].tile.next = start(tasks[i + 1]) - start(tasks[i]);
+}
+
 void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<const Unit> units,
                         const Kernels& kernels, int64_t enough) {
   const int64_t block = conv.winograd.block;
   const int64_t block_rows = ceil_div(conv.grid_height, block), block_columns = ceil_div(conv.grid_width, block);
+  const size_t begin = tasks.size();
   for (const Unit& unit : units) {
     const int64_t row_bytes = 4 * kernels.winograd_points_size(conv, unit, Tile{0, 1, 0, block_columns, 0, 0});
     const bool kernels_stay = block == 4 && unit.row_count * conv.winograd.row_stride * 4 <= kStayingKernels;
@@ -87,6 +97,7 @@ void add_winograd_tasks(std::vector<Task>& tasks, const Convolution& conv, std::
                          Tile{block_rows * p / parts, block_rows * (p + 1) / parts, 0, block_columns,
                               unit.row_count * r / row_parts, unit.row_count * (r + 1) / row_parts}});
   }
+  hint_next(std::span(tasks).subspan(begin), conv, block * conv.step_y);
 }
 
 // Rows of all frames one after the other, in whole vectors of planes; parts of planes only where those are too few.
@@ -325,12 +336,7 @@ void add_tasks(std::vector<Task>& tasks, const Convolution& conv, std::span<cons
                                 row_count * (r + 1) / row_parts}});
     u = end;
   }
-  // A thread takes tasks one after the other, more or less.
-  const auto start = [&](size_t i) {
-    const Task& task = tasks[std::min(i, tasks.size() - 1)];
-    return task.units->source_frame * conv.source.frame_stride + task.tile.x_begin;
-  };
-  for (size_t i = begin; i < tasks.size(); ++i) tasks[i].tile.next = start(i + 1) - start(i);
+  hint_next(std::span(tasks).subspan(begin), conv, conv.step_y);
 }
 
 double work(const std::vector<Task>& tasks) {

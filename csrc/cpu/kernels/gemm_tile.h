@@ -21,6 +21,12 @@ struct Term {
 
 constexpr Term kPlainTerm = {0, 0};
 
+// Floats of a cache line.
+constexpr int64_t kLine = 16;
+
+// Instead of a number of vectors to fetch: a line of its own at each step of each term.
+constexpr int kLines = -1;
+
 // The two factors of a product: rows[r][steps[k].weight] and source[steps[k].source + p], by all terms.
 struct Product {
   const float* const* rows;
@@ -32,6 +38,9 @@ struct Product {
   int64_t term_count = 1;
   float floor = -std::numeric_limits<float>::infinity();  // what results below it become
   int64_t ahead = 0;  // from the source to what is to be fetched from memory meanwhile, in elements
+  // With kLines: term t fetches line[line_steps[k].source + t * kLine] at its step k, and the next tile what follows.
+  const float* line = nullptr;
+  const Step* line_steps = nullptr;
 };
 
 // out[r][p] = max(floor, start[r] + sum_t sum_k rows[r][terms[t].weight + steps[k].weight]
@@ -43,6 +52,7 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   using V = Vector<lanes>;
   V sum[row_count][vectors];
   const float* row[row_count];
+  [[maybe_unused]] const float* line = product.line;
 #pragma GCC unroll 16
   for (int r = 0; r < row_count; ++r) {
     row[r] = product.rows[r];
@@ -52,6 +62,7 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   }
   for (const Term *term = product.terms, *terms_end = term + product.term_count; term != terms_end; ++term) {
     const float* source = product.source + term->source;
+    [[maybe_unused]] const Step* line_step = product.line_steps;
     for (const Step *step = product.steps, *end = step + product.step_count; step != end; ++step) {
       const int64_t at = term->weight + step->weight;
       const float* pixels = source + step->source;
@@ -60,6 +71,7 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
       for (int v = 0; v < vectors; ++v) b[v] = load<lanes>(pixels + v * lanes);
 #pragma GCC unroll 16
       for (int v = 0; v < prefetches; ++v) __builtin_prefetch(pixels + product.ahead + v * lanes, 0, 2);
+      if constexpr (prefetches == kLines) __builtin_prefetch(line + line_step++->source, 0, 2);
 #pragma GCC unroll 16
       for (int r = 0; r < row_count; ++r) {
         const V a = broadcast<lanes>(row[r][at]);
@@ -67,6 +79,7 @@ void gemm_tile(const Product& product, float* out, int64_t out_stride) {
         for (int v = 0; v < vectors; ++v) sum[r][v] += a * b[v];
       }
     }
+    if constexpr (prefetches == kLines) line += kLine;
   }
   const V floor = broadcast<lanes>(product.floor);
 #pragma GCC unroll 16
@@ -163,7 +176,8 @@ inline void multiply(const Product& product, int64_t row_count, int64_t count, f
     TileFunction function;
     int64_t width;
     if (row_count == 1 && left >= kTilePixels) {
-      function = gemm_tile<1, kSingleRowVectors, kLanes, prefetches ? kSingleRowVectors : 0>, width = kTilePixels;
+      function = gemm_tile<1, kSingleRowVectors, kLanes, (prefetches > 0 ? kSingleRowVectors : prefetches)>;
+      width = kTilePixels;
     } else if (left > (kVectors - 1) * kLanes + (kHalfIsCheaper ? half : 0)) {
       function = tile_for<kVectors, kLanes, prefetches>(row_count), width = kVectors * kLanes;
     } else if (kHalfIsCheaper && left <= half) {
@@ -175,10 +189,16 @@ inline void multiply(const Product& product, int64_t row_count, int64_t count, f
     }
     tile.source = product.source + at;
     function(tile, reuse ? out : out + at, row_stride);
+    if constexpr (prefetches == kLines) tile.line += tile.term_count * kLine;
     done(at, left < width ? left : width);
     at += width;
   }
 }
+
+// For `multiply` where nothing is left to do.
+struct NoMore {
+  void operator()(int64_t, int64_t) const {}
+};
 
 // Spreads rows evenly over register tiles, so that no tile is left with one row: calls use(first, count).
 template <typename Use>

@@ -417,6 +417,39 @@ inline void transform_unit(const Convolution& conv, const Unit& unit, const Tile
   }
 }
 
+// The source of the tile that a thread takes next, to be fetched from memory next to the products of this one, a line
+// of every channel at a time: all at once they would keep the products waiting.
+class SourceAhead {
+ public:
+  // steps: room for one per live channel; turns: how often `add_to` is going to be called.
+  SourceAhead(const Convolution& conv, const Unit& unit, const Tile& tile, int64_t height, int64_t y, Step* steps,
+              int64_t turns)
+      : steps_(steps), turns_(turns) {
+    const Planes& planes = conv.source;
+    const bool in_rows = planes.scalar == Scalar::f32 && planes.column_stride == 1;
+    if (tile.next == 0 || !in_rows || planes.extent > INT32_MAX) return;
+    data_ = static_cast<const float*>(planes.data) + plane_offset(planes, unit.source_frame, {}) +
+            y * planes.row_stride + tile.next;
+    line_count_ = (height * planes.row_stride + kLine - 1) / kLine;
+    for (int64_t i = 0; i < unit.live_count; ++i)
+      steps[i] = {0, int32_t(plane_offset(planes, !unit.live[i].here, unit.live[i]))};
+  }
+
+  // Whether `product` is to fetch some lines, as many as keep the turns even.
+  bool add_to(Product& product, int64_t pixels) {
+    if (line_ * turns_ > line_count_ * turn_++ || line_ >= line_count_) return false;
+    product.line = data_ + line_ * kLine;
+    product.line_steps = steps_;
+    line_ += product.term_count * std::max<int64_t>(1, pixels / (kVectors * kLanes));
+    return true;
+  }
+
+ private:
+  Step* steps_;
+  const float* data_ = nullptr;
+  int64_t line_count_ = 0, line_ = 0, turns_, turn_ = 0;
+};
+
 // Multiplies and stores the rows of a tile. Sum by sum, so that what one of them reads stays close for all rows.
 template <typename Method>
 inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile& tile, const float* points,
@@ -429,6 +462,7 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
   const int64_t products_at = layout.add<float>(row_count * sums * sums * blocks.room);
   const int64_t finished_at = layout.add<float>(kFinished * outputs * outputs * blocks.room);
   const int64_t steps_at = layout.add<Step>(unit.live_count);
+  const int64_t line_steps_at = layout.add<Step>(unit.live_count);
   const int64_t segments_at = layout.add<Segment>(outputs * blocks.rows);
   // Rows are short, so those that are to go past the caches are joined first.
   const int64_t hop = conv.target_step_x * conv.target.column_stride;
@@ -456,6 +490,10 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
                                                                 target_offset(conv, row, 0), conv.grid_width};
     }
 
+  const int64_t groups = (row_count + kRows - 1) / kRows;
+  SourceAhead source_ahead(conv, unit, tile, Method::step * blocks.rows + size - Method::step,
+                           Method::step * tile.y_begin + first_tap(conv).dy,
+                           reinterpret_cast<Step*>(memory + line_steps_at), sums * sums * groups);
   const float zero[kRows] = {};
   const int64_t row_room = sums * sums * blocks.room;
   const int64_t tail = unit.live_count > 0 ? blocks.tail : 0;
@@ -474,9 +512,12 @@ inline void multiply_unit(const Convolution& conv, const Unit& unit, const Tile&
         const float* rows[kRows];
         for (int64_t r = 0; r < count; ++r)
           rows[r] = conv.winograd.row(unit.rows[tile.row_begin + first + r].channel);
-        const Product product = {rows, steps, unit.live_count, points + at, zero, terms, term_count};
+        Product product = {rows, steps, unit.live_count, points + at, zero, terms, term_count};
         float* out = products + first * row_room + sum * blocks.room;
-        multiply<0, false>(product, count, std::min(span, end - at), out + at, row_room, [](int64_t, int64_t) {});
+        const int64_t pixels = std::min(span, end - at);
+        const bool fetches = at == 0 && source_ahead.add_to(product, pixels);
+        const auto run = fetches ? multiply<kLines, false, NoMore> : multiply<0, false, NoMore>;
+        run(product, count, pixels, out + at, row_room, NoMore());
         if (at + span < end || tail == 0) return;
         Product last = product;
         last.source = points + blocks.tails(unit);
@@ -526,6 +567,7 @@ void convolve_winograd(const Convolution& conv, const Unit& unit, const Tile& ti
       Tile part = tile;
       part.row_begin = tile.row_begin + row_count * p / parts;
       part.row_end = tile.row_begin + row_count * (p + 1) / parts;
+      if (p + 1 < parts) part.next = 0;
       multiply_unit<Method>(conv, unit, part, points, scratch);
     }
   });
