@@ -16,6 +16,7 @@ from adakernels import backends, flops
 from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops._cpu_conv import conv_on_cpu
 from adakernels.ops._layout import is_dense
+from adakernels.ops._library import is_observed
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -79,14 +80,20 @@ class ConvNormAct(_ConvNd):
         self,
         op: str,
         input: Tensor,  # [N, C_in, ...]
+        weight: Tensor,  # [C_out, C_in/groups, ...]
     ) -> bool:
-        """Whether the CPU kernel of `op` may run this as a plain convolution."""
+        """Whether the CPU kernel of `op` may run this as a plain convolution, in inference and unobserved."""
         return (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and input.dtype == self.weight.dtype == torch.float32
+            and type(input) is Tensor
+            and type(weight) in (Tensor, nn.Parameter)
+            and input.is_cpu
+            and input.dtype == weight.dtype == torch.float32
+            and input.dim() == weight.dim()
             and not torch.is_autocast_enabled("cpu")
             and backends.requested_backend() in ("auto", "cpu")
+            and not is_observed()
             and backends.can_run_cpu(op, input.device, input.dtype)
         )
 
@@ -115,15 +122,17 @@ class ConvNormAct(_ConvNd):
         bias: Tensor | None,  # [C_out]
         activation: str | None,
     ) -> Tensor | None:
-        """The same where the CPU's kernels may run it, else None; frames with a weight without time."""
-        rank = weight.dim() - 2
+        """As `conv_act`, or None where the CPU's kernels may not run it.
+
+        Packed frames come with their weight without its time dimension.
+        """
         if (
-            self.padding_mode != "zeros"
-            or input.dim() != weight.dim()
-            or not self.suits_cpu_kernel(op, input)
+            not self.suits_cpu_kernel(op, input, weight)
+            or self.padding_mode != "zeros"
             or not is_dense(input)
         ):
             return None
+        rank = weight.dim() - 2
         padding = self.padding if isinstance(self.padding, str) else self.padding[-rank:]
         geometry = self.stride[-rank:], padding, self.dilation[-rank:], self.groups
         return conv_on_cpu(op, input, weight, bias, *geometry, activation)

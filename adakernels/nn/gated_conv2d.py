@@ -171,5 +171,5 @@ def _can_add_in_place(
         and residual.dtype == input.dtype
         and input.is_contiguous()
         and residual.is_contiguous()
-        and conv.suits_cpu_kernel("gated_conv2d", input)
+        and conv.suits_cpu_kernel("gated_conv2d", input, conv.weight)
     )

@@ -176,6 +176,7 @@ class _SlimConv(ConvNormAct):
             or type(input) is not Tensor  # others have no memory to read, or behaviour of their own
             or not input.is_cpu
             or torch.is_autocast_enabled("cpu")
+            or torch._C._len_torch_dispatch_stack() > 0  # of those that count or record calls
         ):
             return None
         norm = self._modules.get("norm")
@@ -241,9 +242,10 @@ class _SlimConv(ConvNormAct):
 class SlimConv2d(_SlimConv, nn.Conv2d):
     """`torch.nn.Conv2d` that can run with the first of its output channels and some of its input channels.
 
-    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is exactly that
-    module when called with its input alone. In inference on the CPU it keeps copies of the weight for the
-    last two widths it was called with, in the layout that the convolution reads (A3D, §3.2).
+    Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is that module when
+    called with its input alone. In inference on the CPU it takes the fastest kernel, which may round
+    otherwise, and keeps copies of the weight for the last two widths it was called with, in the layout that
+    the convolution reads (A3D, §3.2).
 
     Args:
         norm: normalisation of the result: a module, or a callable that makes one from the number of channels

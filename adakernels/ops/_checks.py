@@ -200,9 +200,10 @@ def check_channel_policy(
     check_same(op, name, policy, "input", input, dtype=False)
 
 
-# Types of arguments that always stay what they are.
+# Immutable types, compared by value.
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format})
 _REMEMBERED = 4096
+_NOTHING: Any = object()
 
 
 def planned(*names: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -216,19 +217,20 @@ def planned(*names: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         results: dict[tuple[Any, ...], R] = {}
 
-        def plan(op: str, arguments: tuple[Any, ...]) -> R:
+        def plan(requested: str, op: str, arguments: tuple[Any, ...]) -> R:
             tensors = [
                 None if name[-1] == "?" and tensor is None else facts(op, name.rstrip("?"), tensor)
                 for name, tensor in zip(names, arguments, strict=False)
             ]
-            return function(backends.requested_backend(), op, *tensors, *arguments[len(names) :])
+            return function(requested, op, *tensors, *arguments[len(names) :])
 
         @wraps(function)
         def call(op: str, *arguments: Any) -> R:
+            requested = backends.requested_backend()  # once: another thread may ask for another one meanwhile
             if is_compiling():
-                return plan(op, arguments)
+                return plan(requested, op, arguments)
             # In one loop of few words: the caches have often lost everything that Python needs for a call.
-            parts: list[Any] = [backends.requested_backend(), op]
+            parts: list[Any] = [requested, op]
             for argument in arguments:
                 kind = type(argument)
                 if kind is Tensor or kind is Parameter:
@@ -238,14 +240,18 @@ def planned(*names: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
                 elif kind is tuple and _holds_integers(argument):
                     parts.append(argument)
                 else:  # lists, symbolic sizes, other kinds of tensors
-                    return plan(op, arguments)
+                    return plan(requested, op, arguments)
             key = tuple(parts)
-            if key not in results:
-                result = plan(op, arguments)
+            try:
+                result = results.get(key, _NOTHING)
+            except TypeError:  # the shape of a tensor has symbolic sizes
+                return plan(requested, op, arguments)
+            if result is _NOTHING:
+                result = plan(requested, op, arguments)
                 if len(results) >= _REMEMBERED:
                     results.clear()
                 results[key] = result
-            return results[key]
+            return result
 
         return call
 

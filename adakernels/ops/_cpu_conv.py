@@ -62,7 +62,7 @@ def cpu_form_of(
     kernel: tuple[int, ...],
     conv: ConvArguments,
     out_channels: int,
-    has_onednn: bool,
+    onednn: bool,
 ) -> Form:
     # The form that was measured to be the fastest one. oneDNN is fastest with the channels innermost, and its
     # two-dimensional convolutions take less time there than three-dimensional ones that do the same. It is
@@ -94,7 +94,7 @@ def cpu_form_of(
     if dtype == torch.bfloat16 and conv.groups > 1 and out_channels != conv.groups:
         # oneDNN 3.12 writes wrong numbers for some of them.
         return Form(fold, "float")
-    return Form(fold, "onednn" if inner and has_onednn else "torch")
+    return Form(fold, "onednn" if inner and onednn else "torch")
 
 
 def folded(
@@ -221,7 +221,11 @@ class CpuConv:
             output = below_autograd(self._operator, input, weight, bias, *self._arguments)
         if self._order is not None:
             output = output.contiguous(memory_format=self._order)
-        return output if self._unfolded is None else output.as_strided(*self._unfolded)
+        if self._unfolded is None:
+            return output
+        # No view for autograd, to which it would be one that must not be written to.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return output.as_strided(*self._unfolded)
 
     def _on_torch(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = input.dtype
@@ -258,13 +262,13 @@ def cpu_conv(
 
 @_checks.planned("input", "weight", "bias?")
 def _fastest(
-    requested: str,
+    requested: str,  # a part of what is remembered only
     op: str,
     input: Facts,
     weight: Facts,
     bias: Facts | None,
     format: torch.memory_format,
-    has_onednn: bool,
+    onednn: bool,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -276,7 +280,7 @@ def _fastest(
     conv = conv_arguments(op, input, weight, bias, *geometry, activation, rank=len(kernel))
     if conv.pad or conv.groups not in (1, shape[1]):
         return None
-    form = cpu_form_of(shape, format, input[1], kernel, conv, out_channels, has_onednn)
+    form = cpu_form_of(shape, format, input[1], kernel, conv, out_channels, onednn)
     return cpu_conv(form, shape, format, conv, out_channels)
 
 

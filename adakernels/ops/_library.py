@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.library import Library
 
@@ -121,6 +122,16 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     if torch.is_inference_mode_enabled():  # below autograd already
         return op(*args)
     return below_autograd(op, *args)
+
+
+def is_observed() -> bool:
+    """Whether something records, counts or transforms the operators that are called."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def below_autograd(op: torch._ops.OpOverload, *args: Any) -> Any:

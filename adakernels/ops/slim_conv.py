@@ -480,14 +480,14 @@ def _cpu_call(
     weight: Facts,
     bias: Facts | None,
     format: torch.memory_format,
-    has_onednn: bool,
+    onednn: bool,
     *arguments: Any,
 ) -> CpuCall | None:
     backend, slim = _plan(requested, op, input, weight, bias, *arguments)
     if backend != "cpu" or slim.conv.pad:
         return None
     shape, kernel = tuple(input[0]), tuple(weight[0][2:])
-    form = cpu_form_of(shape, format, input[1], kernel, slim.conv, slim.out_channels, has_onednn)
+    form = cpu_form_of(shape, format, input[1], kernel, slim.conv, slim.out_channels, onednn)
     conv = slim.conv
     if form.kernel == "onednn" and {*kernel, *conv.stride, conv.groups} == {1} and not any(conv.padding):
         # With the weight prepared, oneDNN's matrix product takes less time than its convolution.

@@ -470,7 +470,7 @@ def test_the_same_call_with_numbers_of_another_type() -> None:
         ak.slim_conv2d(*arguments[:2], segments=((0, 2), (2.0, 4)))
 
 
-def test_calls_are_remembered() -> None:
+def test_calls_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     @_checks.planned("input", "bias?")
@@ -508,7 +508,23 @@ def test_calls_are_remembered() -> None:
         fake = mode.from_tensor(torch.ones(4, 4))
     assert plan("plan", fake, None, *arguments) == len(others) + 4
     assert plan("plan", fake, None, *arguments) == len(others) + 5
+    # What was remembered makes room for others, and other threads may ask for other backends meanwhile.
+    monkeypatch.setattr(_checks, "_REMEMBERED", 1)
+    count = len(calls)
+    assert [plan("plan", torch.ones(n), None) for n in (1, 2, 2, 1)] == [
+        count + 1,
+        count + 2,
+        count + 2,
+        count + 3,
+    ]
+    asked = iter(["reference", "auto", "auto"])
+    monkeypatch.setattr(_checks.backends, "requested_backend", lambda: next(asked))
+    plan("plan", torch.ones(5), None)
+    assert calls[-1][0] == "reference"
+    plan("plan", torch.ones(5), None)
+    assert calls[-1][0] == "auto"
     with pytest.raises(TypeError, match="plan: expected input to be a Tensor, got NoneType"):
         plan("plan", None, None)
+    monkeypatch.undo()
     with pytest.raises(TypeError, match="plan: expected bias to be a Tensor, got int"):
         plan("plan", input, 1)

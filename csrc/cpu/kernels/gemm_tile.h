@@ -46,7 +46,8 @@ struct Product {
 // out[r][p] = max(floor, start[r] + sum_t sum_k rows[r][terms[t].weight + steps[k].weight]
 //                                               * source[terms[t].source + steps[k].source + p])
 // for r < row_count and p < vectors * lanes; NaN stays NaN. Rows are pointers, so any list of channels costs nothing.
-// With `prefetches` so many vectors of pixels are fetched ahead at each step, for sources that no copy brings close.
+// With `prefetches` so many vectors of pixels are fetched ahead at each step, for sources that no copy brings close; or,
+// with kLines, a line that the product names. Narrow tiles fetch nothing.
 template <int row_count, int vectors, int lanes, int prefetches>
 void gemm_tile(const Product& product, float* out, int64_t out_stride) {
   using V = Vector<lanes>;
