@@ -490,8 +490,11 @@ def _cpu_call(
     form = cpu_form_of(shape, format, input[1], kernel, slim.conv, slim.out_channels, onednn)
     conv = slim.conv
     if form.kernel == "onednn" and {*kernel, *conv.stride, conv.groups} == {1} and not any(conv.padding):
-        # With the weight prepared, oneDNN's matrix product takes less time than its convolution.
+        # With the weight prepared, oneDNN's matrix product takes less time than its convolution,
         form = Form("pixels", "linear")
+    elif form == Form("columns", "onednn"):
+        # and its three-dimensional convolution than a two-dimensional one.
+        form = Form("", "onednn")
     return CpuCall(slim, cpu_conv(form, shape, format, slim.conv, slim.out_channels))
 
 
