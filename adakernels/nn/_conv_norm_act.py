@@ -132,7 +132,9 @@ class ConvNormAct(_ConvNd):
             or not is_dense(input)
         ):
             return None
-        rank = weight.dim() - 2
+        return conv_on_cpu(op, input, weight, bias, *self.geometry(weight.dim() - 2), activation)
+
+    def geometry(self, rank: int) -> tuple[Any, ...]:
+        """Stride, padding and dilation of the last `rank` dimensions, and groups."""
         padding = self.padding if isinstance(self.padding, str) else self.padding[-rank:]
-        geometry = self.stride[-rank:], padding, self.dilation[-rank:], self.groups
-        return conv_on_cpu(op, input, weight, bias, *geometry, activation)
+        return self.stride[-rank:], padding, self.dilation[-rank:], self.groups

@@ -175,14 +175,12 @@ def _frame_by_frame(
 ) -> PackedClips:
     frames, weight, bias = autocast(clips.frames, weight, bias)
     # Nothing here depends on the flags and offsets, but what comes later may.
-    geometry = conv.stride, conv.padding, conv.dilation, conv.groups, activation
-    offsets = checked_packed_clips(frames, weight, bias, temporal, clips.offsets, *geometry)
+    arguments = *conv.geometry(3), activation
+    offsets = checked_packed_clips(frames, weight, bias, temporal, clips.offsets, *arguments)
     taps = weight.squeeze(2)
     output = conv.conv_act_on_cpu("sliced_conv3d", frames, taps, bias, activation)
     if output is None:
-        padding: Any = conv.padding if isinstance(conv.padding, str) else conv.padding[1:]
-        output = F.conv2d(frames, taps, bias, conv.stride[1:], padding, conv.dilation[1:], conv.groups)
-        output = ACTIVATIONS[activation](output)
+        output = ACTIVATIONS[activation](F.conv2d(frames, taps, bias, *conv.geometry(2)))
     if flops.counting:
         counts = sliced_conv3d_flops(
             weight.shape,

@@ -301,34 +301,10 @@ def gated_conv2d(
         )
     if conv.pad:
         input = F.pad(input, conv.pad)
-    if backend == "reference" or (policy is not None and is_soft(policy)):
-        return _run_dense(backend, conv, input, weight, bias, policy, in_policy, frames)
-    return _run_kernel(conv, input, weight, bias, policy, in_policy, frames)
+    return _run(backend, conv, input, weight, bias, policy, in_policy, frames)
 
 
-def _run_kernel(
-    conv: ConvArguments,
-    input: Tensor,  # [N, C_in, H, W]
-    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
-    bias: Tensor | None,  # [C_out]
-    policy: Tensor | None,  # [N, C_out]
-    in_policy: Tensor | None,  # [N, C_in]
-    frames: int,
-) -> Tensor:  # [N, C_out, H', W']
-    return call(
-        _operator,
-        dense(input),
-        weight,
-        bias,
-        None if policy is None else as_index(policy),
-        None if in_policy is None else as_index(in_policy),
-        frames,
-        *conv[:4],
-        conv.activation,
-    )
-
-
-def _run_dense(
+def _run(
     backend: str,
     conv: ConvArguments,
     input: Tensor,  # [N, C_in, H, W]
@@ -338,16 +314,13 @@ def _run_dense(
     in_policy: Tensor | None,  # [N, C_in]
     frames: int,
 ) -> Tensor:  # [N, C_out, H', W']
-    """Where every output channel is computed, and for the reference."""
-    if policy is not None and is_soft(policy):
-        if backend == "reference":
-            output = _run_dense(backend, conv, input, weight, bias, None, in_policy, frames)
-        else:
-            output = _run_kernel(conv, input, weight, bias, None, in_policy, frames)
-        return temporal_fuse(output, policy, frames=frames)
     if policy is None and in_policy is None:
         output = activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
-    else:
+        return dense(output, like=input)
+    if policy is not None and is_soft(policy):
+        output = _run(backend, conv, input, weight, bias, None, in_policy, frames)
+        return temporal_fuse(output, policy, frames=frames)
+    if backend == "reference":
         output = gated_conv2d_reference(
             input,
             weight,
@@ -361,7 +334,18 @@ def _run_dense(
             in_policy=None if in_policy is None else checked_policy(in_policy, "gated_conv2d", "in_policy"),
             activation=ACTIVATIONS[conv.activation],
         )
-    return dense(output, like=input)
+        return dense(output, like=input)
+    return call(
+        _operator,
+        dense(input),
+        weight,
+        bias,
+        None if policy is None else as_index(policy),
+        None if in_policy is None else as_index(in_policy),
+        frames,
+        *conv[:4],
+        conv.activation,
+    )
 
 
 @backends.explains(gated_conv2d)

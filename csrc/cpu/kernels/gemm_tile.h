@@ -22,7 +22,7 @@ struct Term {
 constexpr Term kPlainTerm = {0, 0};
 
 // Floats of a cache line.
-constexpr int64_t kLine = 16;
+constexpr int64_t kLine = kLineBytes / sizeof(float);
 
 // Instead of a number of vectors to fetch: a line of its own at each step of each term.
 constexpr int kLines = -1;
