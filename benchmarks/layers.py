@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import adakernels as ak
 from benchmarks.cases import CLIP, KEEP, REUSE, SKIP, LayerCase, draw_in_policy, draw_policy, work_ratio
@@ -44,8 +44,14 @@ class Layer:
         self._bind()
 
     def _bind(self) -> None:
-        """Put the arguments of the operators together, so that no timed call has to."""
+        """Put the arguments of the operators together, so that no timed call has to, and the layer as models
+        hold it."""
         shape = self.shape
+        channels = shape.in_channels, shape.out_channels
+        geometry = shape.kernel, shape.stride, shape.padding, 1, shape.groups
+        self._layer = ak.GatedConv2d(*channels, *geometry, activation=shape.activation, device="meta").eval()
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            setattr(self._layer, name, nn.Parameter(tensor, requires_grad=False))
         self._dense = (self.input, self.weight, self.bias, shape.stride, shape.padding, 1, shape.groups)
         self._positional = (self.input, self.weight, self.bias, self.policy)
         self._named = {
@@ -96,6 +102,10 @@ class Layer:
         return self._positional, self._named
 
     def ours(self) -> Tensor:
+        """The package's layer, policy included."""
+        return self._layer(self.input, self.policy, frames=self.frames, in_policy=self.in_policy)
+
+    def operator(self) -> Tensor:
         """The package's operator, policy included."""
         return ak.gated_conv2d(*self._positional, **self._named)
 
@@ -111,4 +121,4 @@ class Layer:
     def reference(self) -> Tensor:
         """The operator's reference."""
         with ak.use_backend("reference"):
-            return self.ours()
+            return self.operator()

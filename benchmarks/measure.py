@@ -18,7 +18,10 @@ WARM_UP_3D = 2
 MIN_ROUNDS_OF_CLIPS = 5
 CONTENDER = 1.25
 FINALISTS = 2
+HEAT_ROUNDS = 5
 BUDGET = 0.5
+# Its temporaries take several times the memory of a layer's tensors, and would leave the caches to no one.
+APART = "masked"
 Result = Tensor | Sequence[Tensor]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -89,11 +92,6 @@ class Race:
             }
         return best
 
-    def drop(self, name: str) -> None:
-        """Take a runner out of the race."""
-        for table in (self.runners, self.calls, self.samples):
-            del table[name]
-
     def lap(self, names: Iterable[str]) -> None:
         """One timed sample of each of `names`."""
         order = list(names)
@@ -102,11 +100,11 @@ class Race:
         for name in order[start:] + order[:start]:
             self.samples[name].append(self._sample(name))
 
-    def run(self, rounds: int) -> None:
-        """Time `rounds` laps of all runners."""
+    def run(self, rounds: int, names: Iterable[str] | None = None) -> None:
+        """Time `rounds` laps of all runners, or of some."""
         with _no_garbage_collection():
             for _ in range(rounds):
-                self.lap(self.runners)
+                self.lap(self.runners if names is None else names)
 
     def run_for(self, benchmark: Any, subject: str, rounds: int) -> Result:
         """The same with pytest-benchmark timing `subject`, last in every round: the others run in its setup.
@@ -132,8 +130,8 @@ class Race:
         return result
 
     def times(self) -> dict[str, dict[str, float]]:
-        """The spread of every runner's samples, in seconds."""
-        return {name: spread(samples) for name, samples in self.samples.items()}
+        """The spread of the samples of every runner that has some, in seconds."""
+        return {name: spread(samples) for name, samples in self.samples.items() if samples}
 
 
 class _no_garbage_collection:
@@ -189,17 +187,19 @@ def contest(
 ) -> dict[str, Any]:
     """Race groups of variants, one of which is "ours", and return times and winners as parts of a record.
 
-    The fastest variant of a group stands for it. Every variant of the groups in `tolerances` must match
-    `expected` first, and so must our last result timed.
+    The variants of a group race each other, and the fastest one stands for it. Then those of the groups take
+    turns, but for the masked one, which is timed in its own race. Every variant of the groups in `tolerances`
+    must match `expected` first, and so must our last result timed.
 
     Args:
         benchmark: the pytest-benchmark fixture; its samples are those of our fastest variant.
         groups: callables by name of the variant (memory format), by name of the group.
-        quick: race only the variant of each group that was fastest in the warm-up, and for 15 rounds;
-            otherwise the `finalists` fastest, as far as they came within 25 % of it, for half a second or
-            15 rounds, whichever is longer.
+        quick: only the variant of each group that was fastest in the warm-up races, and for 15 rounds;
+            otherwise the `finalists` fastest do, as far as they came within 25 % of it, and for half a second
+            or 15 rounds, whichever is longer.
         sample_time: as in `Race`.
-        warm_up, min_rounds: laps before the race and in it at least, fewer than usual for calls of seconds.
+        warm_up, min_rounds: laps before the races and in the last one at least, fewer than usual for calls of
+            seconds.
         together: brings what a variant returned into the form of `expected`, untimed.
     """
 
@@ -212,24 +212,30 @@ def contest(
     runners = {
         f"{group} {name}": runner for group, variants in groups.items() for name, runner in variants.items()
     }
-    race = Race(runners, sample_time=sample_time)
-    warm = race.warm_up(warm_up)
+    heats = Race(runners, sample_time=sample_time)
+    warm = heats.warm_up(warm_up)
+
+    def rounds(names: Iterable[str], budget: float, least: int) -> int:
+        return rounds_for(
+            sum(warm[name] * heats.calls[name] for name in names), 0 if quick else budget, least
+        )
+
+    best = {}
     for group in groups:
         ranking = sorted((name for name in runners if name.startswith(group)), key=warm.__getitem__)
-        for place, name in enumerate(ranking):
-            if place >= (1 if quick else finalists) or warm[name] > warm[ranking[0]] * CONTENDER:
-                race.drop(name)
-    subject = min((name for name in race.runners if name.startswith("ours")), key=warm.__getitem__)
-    lap_time = sum(warm[name] * race.calls[name] for name in race.runners)
-    result = race.run_for(benchmark, subject, rounds_for(lap_time, 0 if quick else BUDGET, min_rounds))
-    check(result, "ours")
-
-    times = race.times()
-    best = {
-        group: min((name for name in times if name.startswith(group)), key=lambda name: times[name]["p50"])
-        for group in groups
-    }
-    return {"times": times, "warm_up": warm, "best": best}
+        ranking = ranking[: 1 if quick else finalists]
+        close = [name for name in ranking if warm[name] <= warm[ranking[0]] * CONTENDER]
+        if group == APART:
+            heats.run(rounds(close, BUDGET, min_rounds), close)
+        elif len(close) > 1:
+            heats.run(rounds(close, BUDGET / 2, HEAT_ROUNDS), close)
+        seconds = {name: times["p50"] for name, times in heats.times().items()}
+        best[group] = min(close, key=lambda name: seconds.get(name, 0))
+    names = [name for group, name in best.items() if group != APART]
+    final = Race({name: runners[name] for name in names}, sample_time=sample_time)
+    final.calls = {name: heats.calls[name] for name in names}
+    check(final.run_for(benchmark, best["ours"], rounds(names, BUDGET, min_rounds)), "ours")
+    return {"times": heats.times() | final.times(), "warm_up": warm, "best": best}
 
 
 def medians(record: Mapping[str, Any]) -> dict[str, float]:

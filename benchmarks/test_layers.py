@@ -64,10 +64,10 @@ def test_backward(benchmark: Any, backward_case: LayerCase, quick: bool) -> None
         return torch.autograd.grad(getattr(layer, form)(), leaves, upstreams[name])
 
     with ak.use_backend("reference"):
-        expected = gradients("contiguous", "ours")
+        expected = gradients("contiguous", "operator")
     record = compare(
         benchmark,
-        ours={name: partial(gradients, name, "ours") for name in FORMATS},
+        ours={name: partial(gradients, name, "operator") for name in FORMATS},
         dense={name: partial(gradients, name, "dense") for name in FORMATS},
         masked={name: partial(gradients, name, "masked") for name in FORMATS},
         expected=expected,

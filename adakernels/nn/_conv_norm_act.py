@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from adakernels import backends, flops
-from adakernels.nn.folding import FoldCache, folded_batch_norm, is_foldable
+from adakernels.nn.folding import DerivedCache, FoldCache, folded_batch_norm, is_foldable
 from adakernels.ops._cpu_conv import conv_on_cpu
 from adakernels.ops._layout import is_dense
 from adakernels.ops._library import is_observed
+from adakernels.ops._winograd import winograd_block, winograd_kernels
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -58,10 +59,12 @@ class ConvNormAct(_ConvNd):
         self.norm = norm
         self.activation = activation
         self._folded: FoldCache = FoldCache()
+        self._kernels: DerivedCache[dict[int, Tensor]] = DerivedCache()
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops what was made from the weights so far."""
         self._folded.clear()
+        self._kernels.clear()
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -132,7 +135,41 @@ class ConvNormAct(_ConvNd):
             or not is_dense(input)
         ):
             return None
-        return conv_on_cpu(op, input, weight, bias, *self.geometry(weight.dim() - 2), activation)
+        geometry = self.geometry(weight.dim() - 2)
+        return conv_on_cpu(op, input, weight, bias, self._transformed, *geometry, activation)
+
+    def winograd_kernels(
+        self,
+        op: str,
+        input: Tensor,  # [N, C_in, H, W]
+        weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    ) -> Tensor | None:  # [C_out, points, C_in]
+        """The kernels of `weight` as Winograd's method multiplies with them, kept for as long as it does not
+        change; None where the CPU kernel of `op` may not run this or does best without."""
+        # First what leaves most of the other layers out.
+        if (
+            self.kernel_size != (3, 3)
+            or self.padding_mode != "zeros"
+            or not self.suits_cpu_kernel(op, input, weight)
+        ):
+            return None
+        geometry = weight.shape[2:], self.stride, self.padding, self.dilation, self.groups
+        block = winograd_block(input.shape[2:], input.shape[1], weight.shape[0], *geometry)
+        return self._transformed(weight, block) if block > 0 else None
+
+    def _transformed(
+        self,
+        weight: Tensor,  # [C_out, C_in, 3, 3]
+        block: int,
+    ) -> Tensor | None:  # [C_out, points, C_in]
+        kept = self._kernels.get((weight,), dict)
+        if kept is None:
+            return None
+        kernels = kept.get(block)
+        if kernels is None:
+            with torch.inference_mode(False), torch.no_grad():
+                kernels = kept[block] = winograd_kernels(weight, block, self.stride[-1])
+        return kernels
 
     def geometry(self, rank: int) -> tuple[Any, ...]:
         """Stride, padding and dilation of the last `rank` dimensions, and groups."""

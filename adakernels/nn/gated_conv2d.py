@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
-from adakernels.ops import gated_conv2d, temporal_fuse
+from adakernels.ops import temporal_fuse
 from adakernels.ops._layout import shares_memory
 from adakernels.ops.conv2d_add import conv2d_add_
+from adakernels.ops.gated_conv2d import gated_conv2d_with
 
 _Pair: TypeAlias = int | tuple[int, int]
 
@@ -20,6 +21,10 @@ class GatedConv2d(ConvNormAct, nn.Conv2d):
 
     Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is that module when
     called without a policy (in inference on the CPU, by the fastest kernel, which may round otherwise).
+
+    In inference on the CPU it keeps what Winograd's method makes of 3x3 kernels, which is 16/9 to 4 times the
+    weight, until the weight changes or `train()` or `eval()` is called. Call one of these after writing
+    through `weight.data`, which shows nowhere.
 
     Args:
         norm: normalisation of the computed features, applied before they are fused over time: a module, or a
@@ -122,7 +127,18 @@ def conv_norm_add_act(
     if folded is not None:
         target = residual if overwrite and not shares_memory(residual, input) else residual.clone()
         padding = cast(tuple[int, int], conv.padding)
-        return conv2d_add_(target, input, *folded, in_policy, conv.stride, padding, conv.dilation, activation)
+        kernels = conv.winograd_kernels("gated_conv2d", input, folded[0])
+        return conv2d_add_(
+            target,
+            input,
+            *folded,
+            in_policy,
+            conv.stride,
+            padding,
+            conv.dilation,
+            activation,
+            kernels=kernels,
+        )
     output = conv_norm_act(conv, norm, None, input, in_policy=in_policy)
     return ACTIVATIONS[activation](output.add_(residual))
 
@@ -139,11 +155,13 @@ def _conv_act(
 ) -> Tensor:
     if policy is None and in_policy is None:
         return conv.conv_act("gated_conv2d", input, weight, bias, activation)
+    kernels = conv.winograd_kernels("gated_conv2d", input, weight)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0
-    return gated_conv2d(
+    return gated_conv2d_with(
+        kernels,
         input,
         weight,
         bias,

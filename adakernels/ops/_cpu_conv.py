@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate,
 from adakernels.ops._layout import CHANNELS_LAST, memory_format
 from adakernels.ops._library import below_autograd
 from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn
+from adakernels.ops._winograd import winograd_block, winograd_conv2d, winograd_kernels
 
 
 class Form(NamedTuple):
@@ -25,9 +26,9 @@ class Form(NamedTuple):
     Attributes:
         fold: "frames" and "columns" make two dimensions of three where the kernel has no extent in time, or
             in height and width, "pixels" a row of channels of each point; "" leaves the dimensions alone.
-        kernel: "native" for the kernels of this package, "onednn" for oneDNN's with a weight that may be
-            prepared, "linear" for its matrix product with a prepared one, "torch" for the convolution that
-            torch picks, "float" for that one in float32.
+        kernel: "native" for the kernels of this package, "winograd" for those with a prepared weight,
+            "onednn" for oneDNN's with a weight that may be prepared, "linear" for its matrix product with a
+            prepared one, "torch" for the convolution that torch picks, "float" for that one in float32.
     """
 
     fold: str
@@ -97,6 +98,24 @@ def cpu_form_of(
     return Form(fold, "onednn" if inner and onednn else "torch")
 
 
+def prepared_form(
+    form: Form, shape: tuple[int, ...], kernel: tuple[int, ...], conv: ConvArguments, out_channels: int
+) -> Form:
+    """The form with a weight that is prepared once for many calls, where it is `form` with one as it is."""
+    if form.kernel == "native" and _winograd_block(form, shape, kernel, conv, out_channels) > 0:
+        return Form(form.fold, "winograd")
+    return form
+
+
+def _winograd_block(
+    form: Form, shape: tuple[int, ...], kernel: tuple[int, ...], conv: ConvArguments, out_channels: int
+) -> int:
+    if len(kernel) == 3 and form.fold != "frames":
+        return 0
+    geometry = kernel[-2:], conv.stride[-2:], conv.padding[-2:], conv.dilation[-2:], conv.groups
+    return winograd_block(shape[-2:], shape[1], out_channels, *geometry)
+
+
 def folded(
     fold: str,
     tensor: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
@@ -137,15 +156,18 @@ def prepared(
     bias: Tensor | None,  # [out_channels]
     conv: ConvArguments,
     shape: Sequence[int],
-) -> tuple[Tensor, Tensor | None]:  # [out_channels, C/groups, ...], [out_channels]
+) -> tuple[Tensor, Tensor | None]:  # [out_channels, ...], [out_channels]
     """Copies of weight and bias as a `CpuConv` of `form` reads them fastest, again and again.
 
     Args:
         shape: of the input, which may later be another one.
     """
     stride, padding, dilation, groups = folded_arguments(form.fold, conv)
+    block = _winograd_block(form, tuple(shape), tuple(weight.shape[2:]), conv, weight.shape[0])
     weight = folded_weight(form.fold, weight)
     bias = None if bias is None else bias.clone()
+    if form.kernel == "winograd":
+        return winograd_kernels(weight, block, stride[0]), bias
     if form.kernel not in ("onednn", "linear"):
         return weight.clone(memory_format=torch.contiguous_format), bias
     size = list(folded(form.fold, torch.empty(shape, device="meta")).shape)
@@ -194,6 +216,9 @@ class CpuConv:
             every_channel = (None, None, 1) if rank == 2 else (None, None)
             self._operator = operator.default
             self._arguments = *every_channel, *self._arguments, conv.activation
+        elif form.kernel == "winograd":
+            self._operator = winograd_conv2d
+            self._arguments = None, None, 1, stride[0], padding, conv.activation
         elif form.kernel == "linear":
             self._operator = torch.ops.mkldnn._linear_pointwise.default
             self._arguments = pointwise
@@ -207,7 +232,7 @@ class CpuConv:
     def __call__(
         self,
         input: Tensor,  # [N, C, H, W] or [B, C, T, H, W]
-        weight: Tensor,  # [out_channels, C/groups, ...], folded, perhaps prepared
+        weight: Tensor,  # [out_channels, C/groups, ...], folded, or [out_channels, ...], prepared
         bias: Tensor | None,  # [out_channels]
     ) -> Tensor:  # [N, out_channels, H', W'] or [B, out_channels, T', H', W']
         """activation(conv(input) + bias), without recording for backward."""
@@ -260,6 +285,14 @@ def cpu_conv(
     return CpuConv(form, shape, format, conv, out_channels)
 
 
+class _Choice(NamedTuple):
+    """How to run a plain convolution: with its weight, or with kernels transformed for blocks of a side."""
+
+    plain: CpuConv
+    transformed: CpuConv
+    block: int  # 0: there is no use in transforming kernels
+
+
 @_checks.planned("input", "weight", "bias?")
 def _fastest(
     requested: str,  # a part of what is remembered only
@@ -274,14 +307,17 @@ def _fastest(
     dilation: Any,
     groups: Any,
     activation: Any,
-) -> CpuConv | None:
+) -> _Choice | None:
     shape, kernel, out_channels = tuple(input[0]), tuple(weight[0][2:]), weight[0][0]
     geometry = stride, padding, dilation, groups
     conv = conv_arguments(op, input, weight, bias, *geometry, activation, rank=len(kernel))
     if conv.pad or conv.groups not in (1, shape[1]):
         return None
     form = cpu_form_of(shape, format, input[1], kernel, conv, out_channels, onednn)
-    return cpu_conv(form, shape, format, conv, out_channels)
+    prepared = prepared_form(form, shape, kernel, conv, out_channels)
+    block = 0 if prepared == form else _winograd_block(form, shape, kernel, conv, out_channels)
+    plain, transformed = (cpu_conv(each, shape, format, conv, out_channels) for each in (form, prepared))
+    return _Choice(plain, transformed, block)
 
 
 def conv_on_cpu(
@@ -289,6 +325,7 @@ def conv_on_cpu(
     input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
     weight: Tensor,  # [C_out, C_in/groups, ...]
     bias: Tensor | None,  # [C_out]
+    kernels: Callable[[Tensor, int], Tensor | None],
     *arguments: Any,
 ) -> Tensor | None:
     """A convolution by the CPU's fastest kernel for it, without recording for backward; None where only torch
@@ -297,7 +334,16 @@ def conv_on_cpu(
     Args:
         op: that errors are about.
         input: float32 or bfloat16, contiguous or channels last.
+        kernels: `winograd_kernels` of a weight [C_out, C_in, 3, 3] for blocks of a side, if they can be kept.
         arguments: stride, padding, dilation, groups and activation.
     """
-    run = _fastest(op, input, weight, bias, memory_format(input), has_onednn(input.dtype), *arguments)
-    return None if run is None else run(input, folded_weight(run.form.fold, weight), bias)
+    choice = _fastest(op, input, weight, bias, memory_format(input), has_onednn(input.dtype), *arguments)
+    if choice is None:
+        return None
+    weight = folded_weight(choice.plain.form.fold, weight)
+    transformed = kernels(weight, choice.block) if choice.block > 0 else None
+    return (
+        choice.plain(input, weight, bias)
+        if transformed is None
+        else choice.transformed(input, transformed, bias)
+    )

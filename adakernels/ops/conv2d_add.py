@@ -13,6 +13,7 @@ from adakernels.ops import _checks
 from adakernels.ops._conv_arguments import ACTIVATIONS, activate
 from adakernels.ops._layout import shares_memory
 from adakernels.ops._library import call, library
+from adakernels.ops._winograd import winograd_conv2d_add_
 from adakernels.ops.gated_conv2d import gated_conv2d_flops
 from adakernels.ops.policy import Policy, as_index
 
@@ -21,6 +22,7 @@ library.define(
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, int activation) -> ()",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+_operator = torch.ops.adakernels.conv2d_add_.default
 
 
 @torch.library.register_fake("adakernels::conv2d_add_", lib=library)
@@ -65,6 +67,8 @@ def conv2d_add_(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str | None,
+    *,
+    kernels: Tensor | None = None,  # [C_out, points, C_in]
 ) -> Tensor:  # [N, C_out, H', W']
     """`target`, in place, as activation(target + conv2d(input, weight) + bias), on the CPU and in inference.
 
@@ -75,6 +79,7 @@ def conv2d_add_(
         target: of the output's shape and the input's dtype, float32 or bfloat16, in memory of its own.
         in_policy: integer; input channels marked SKIP are known to be zero and are not read.
         activation: None, "relu", "relu6" or "silu".
+        kernels: those of `weight` as `winograd_kernels` transforms them, if they are at hand.
 
     Raises:
         RuntimeError, ValueError: where shapes, dtypes or policy values don't fit, a gradient is asked for, or
@@ -93,18 +98,12 @@ def conv2d_add_(
         output_size = target.shape[2:]
         work = gated_conv2d_flops(input.shape, weight.shape, output_size=output_size, in_policy=in_policy)
         flops.record("conv2d", *work)
-    call(
-        torch.ops.adakernels.conv2d_add_.default,
-        target,
-        input,
-        weight,
-        bias,
-        None if in_policy is None else as_index(in_policy),
-        stride,
-        padding,
-        dilation,
-        ACTIVATIONS.index(activation),
-    )
+    policy = None if in_policy is None else as_index(in_policy)
+    number = ACTIVATIONS.index(activation)
+    if kernels is not None:
+        call(winograd_conv2d_add_, target, input, kernels, bias, policy, stride[0], padding, number)
+    else:
+        call(_operator, target, input, weight, bias, policy, stride, padding, dilation, number)
     if not (compiling or target.is_inference()):
         torch.autograd.graph.increment_version(target)
     return target

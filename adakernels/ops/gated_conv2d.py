@@ -29,6 +29,7 @@ from adakernels.ops._conv_arguments import (
 )
 from adakernels.ops._layout import dense
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
+from adakernels.ops._winograd import winograd_conv2d
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
@@ -271,6 +272,38 @@ def gated_conv2d(
         ValueError, TypeError: for a wrong rank, shape, dtype, device, range or combination, or a policy value
             outside 0..2 (looked at on the CPU always, elsewhere with `ADAKERNELS_DEBUG=1`).
     """
+    return gated_conv2d_with(
+        None,
+        input,
+        weight,
+        bias,
+        policy,
+        frames=frames,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        in_policy=in_policy,
+        activation=activation,
+    )
+
+
+def gated_conv2d_with(
+    kernels: Tensor | None,  # [C_out, points, C_in]
+    input: Tensor,  # [N, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in/groups, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    policy: Tensor | None,  # [N, C_out] | [N, C_out, 3]
+    *,
+    frames: int,
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    in_policy: Tensor | None,  # [N, C_in]
+    activation: str | None,
+) -> Tensor:  # [N, C_out, H', W']
+    """`gated_conv2d`, in inference on the CPU with `winograd_kernels` of `weight` where these are at hand."""
     input, weight, bias = autocast(input, weight, bias)
     backend, conv = _plan(
         "gated_conv2d",
@@ -301,12 +334,13 @@ def gated_conv2d(
         )
     if conv.pad:
         input = F.pad(input, conv.pad)
-    return _run(backend, conv, input, weight, bias, policy, in_policy, frames)
+    return _run(backend, conv, kernels, input, weight, bias, policy, in_policy, frames)
 
 
 def _run(
     backend: str,
     conv: ConvArguments,
+    kernels: Tensor | None,  # [C_out, points, C_in]
     input: Tensor,  # [N, C_in, H, W]
     weight: Tensor,  # [C_out, C_in/groups, kh, kw]
     bias: Tensor | None,  # [C_out]
@@ -318,7 +352,7 @@ def _run(
         output = activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
         return dense(output, like=input)
     if policy is not None and is_soft(policy):
-        output = _run(backend, conv, input, weight, bias, None, in_policy, frames)
+        output = _run(backend, conv, kernels, input, weight, bias, None, in_policy, frames)
         return temporal_fuse(output, policy, frames=frames)
     if backend == "reference":
         output = gated_conv2d_reference(
@@ -335,17 +369,13 @@ def _run(
             activation=ACTIVATIONS[conv.activation],
         )
         return dense(output, like=input)
-    return call(
-        _operator,
-        dense(input),
-        weight,
-        bias,
-        None if policy is None else as_index(policy),
-        None if in_policy is None else as_index(in_policy),
-        frames,
-        *conv[:4],
-        conv.activation,
-    )
+    policies = tuple(None if given is None else as_index(given) for given in (policy, in_policy))
+    if kernels is not None:
+        stride, padding = conv.stride[0], conv.padding
+        return call(
+            winograd_conv2d, dense(input), kernels, bias, *policies, frames, stride, padding, conv.activation
+        )
+    return call(_operator, dense(input), weight, bias, *policies, frames, *conv[:4], conv.activation)
 
 
 @backends.explains(gated_conv2d)

@@ -37,6 +37,7 @@ from adakernels.ops._cpu_conv import (
     folded_arguments,
     folded_weight,
     prepared,
+    prepared_form,
     unfolded,
 )
 from adakernels.ops._layout import CHANNELS_LAST, dense, memory_format
@@ -489,6 +490,7 @@ def _cpu_call(
     shape, kernel = tuple(input[0]), tuple(weight[0][2:])
     form = cpu_form_of(shape, format, input[1], kernel, slim.conv, slim.out_channels, onednn)
     conv = slim.conv
+    form = prepared_form(form, shape, kernel, conv, slim.out_channels)
     if form.kernel == "onednn" and {*kernel, *conv.stride, conv.groups} == {1} and not any(conv.padding):
         # With the weight prepared, oneDNN's matrix product takes less time than its convolution,
         form = Form("pixels", "linear")

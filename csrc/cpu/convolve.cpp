@@ -101,13 +101,23 @@ void prepare(Convolution& conv, const Problem& problem, std::span<const Unit> un
     return unit.weight_offset == 0;
   });
   if (conv.rows_per_live == 0) flatten_grid(conv);
-  if (whole_weights) conv.winograd.block = winograd_block(conv, units, row_count, live_count, kernels);
+  if (whole_weights && problem.block == 0)
+    conv.winograd.block = winograd_block(conv, units, row_count, live_count, kernels);
   if (conv.channels > 0) {
     const int64_t count = ceil_div(row_count, kernels.lanes) * kernels.lanes;
     float* columns = static_cast<float*>(call_scratch().reserve((conv.weight_row + 1) * count * 4));
     kernels.depthwise_columns(conv, columns, count);
     conv.columns = {columns, count};
   }
+}
+
+// Transforms the kernels of those of the rows [row_begin, row_end) that units write, where that is not done already.
+void transform(Convolution& conv, const Problem& problem, std::span<const Unit> units, int64_t row_begin,
+               int64_t row_end, int64_t live_count, const Kernels& kernels) {
+  if (conv.winograd.block == 0 || problem.block > 0) return;
+  const int64_t numbers = (row_end - row_begin) * transformed_row(conv, live_count, kernels);
+  transform_weights(conv, used_rows(units, row_end), row_begin, live_count, kernels,
+                    static_cast<float*>(call_scratch().reserve(numbers * 4)));
 }
 
 // What units write of the rows of channels [begin, end).
@@ -136,7 +146,7 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   int64_t parts = 1;
   for (Convolution& conv : convs) {
     prepare(conv, problem, units, row_count, live_count, kernels);
-    parts = std::max(parts, kernel_parts(conv, row_count, live_count, kernels));
+    if (problem.block == 0) parts = std::max(parts, kernel_parts(conv, row_count, live_count, kernels));
   }
   const int64_t plane = target.height * target.width;
   const int64_t chunk = std::max<int64_t>(1, kZeroedPerTask / std::max<int64_t>(1, plane));
@@ -149,8 +159,7 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
     const std::span<const Unit> some = parts > 1 ? of_part : units;
     std::vector<Task> tasks;
     for (Convolution& conv : convs) {
-      if (conv.winograd.block > 0)
-        transform_weights(conv, some, begin, end, live_count, kernels, call_scratch());
+      transform(conv, problem, some, begin, end, live_count, kernels);
       add_tasks(tasks, conv, some, kernels, enough_tasks());
     }
     const bool zeroes = p == 0;
@@ -167,14 +176,12 @@ void run(std::vector<Convolution>& convs, const Problem& problem, const std::vec
   }
 }
 
-// The convolution from `input` to `output`, without its operands' values.
-Convolution forward_convolution(const Problem& problem,
-                                const Tensor& input,   // [N, C_in, H, W] | [B, C_in, T, H, W]
-                                const Tensor& output,  // [N, C_out, H', W'] | [B, C_out, T', H', W']
+// The convolution from `source` to `target`, without its weight's values.
+Convolution forward_convolution(const Problem& problem, const Planes& source, const Planes& target,
                                 const WeightStrides& strides) {
   Convolution conv = {};
-  conv.source = planes_of(input);
-  conv.target = planes_of(output);
+  conv.source = source;
+  conv.target = target;
   conv.source.tap_stride = problem.t.dilation * conv.source.frame_stride;
   conv.times = problem.t.size;
   conv.weight_row = strides.out;
@@ -280,7 +287,7 @@ void add_parameter_gradients(const Problem& problem,
                              float* grad_bias) {  // [C_out], or null
   const Kernels& kernels = best_kernels();
   const WeightStrides strides(problem, false);
-  const Convolution conv = forward_convolution(problem, input, grad_output, strides);
+  const Convolution conv = forward_convolution(problem, planes_of(input), planes_of(grad_output), strides);
   const Planes gradient = conv.target;
   const std::vector<Unit> units = make_units(strides, false);
   const int64_t points = kernels.gradient_points(conv), stride = points + kernels.lanes;
@@ -356,6 +363,51 @@ Problem problem_of(const char* op, const Tensor& input, const Tensor& weight, co
   if (rank == 2) axes.insert(axes.begin(), {1, 1, 0, 1});
   STD_TORCH_CHECK(axes[0].size <= INT16_MAX, op, ": expected a kernel of at most 32767 temporal taps");
   return {input.size(1), weight.size(0), groups, axes[0], axes[1], axes[2]};
+}
+
+Problem winograd_problem(const char* op, const Tensor& input, const Tensor& kernels, int64_t stride,
+                         const std::vector<int64_t>& padding) {
+  check_features(input, op);
+  const int64_t points = kernels.dim() == 3 ? kernels.size(1) : 0, block = points == 36 ? 4 : points == 16 ? 2 : 0;
+  STD_TORCH_CHECK(input.dim() == 4 && block > 0 && kernels.scalar_type() == ScalarType::Float &&
+                      kernels.size(2) == input.size(1) && kernels.stride(2) == 1,
+                  op, ": expected transformed kernels [C_out, points, C_in]");
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0 && input.size(2) + 2 * padding[0] >= 3 &&
+                      input.size(3) + 2 * padding[1] >= 3 && (stride == 1 || (stride == 2 && block == 2)),
+                  op, ": expected a stride of the kernels, and a kernel within the padded input");
+  return {input.size(1), kernels.size(0), 1, {1, 1, 0, 1}, {3, stride, padding[0], 1}, {3, stride, padding[1], 1},
+          block};
+}
+
+int64_t kept_winograd_block(const Problem& problem, int64_t height, int64_t width) {
+  Planes source = {}, target = {};
+  source.height = height, source.width = width;
+  target.height = problem.y.output(height), target.width = problem.x.output(width);
+  if (target.height <= 0 || target.width <= 0) return 0;
+  const Convolution conv = forward_convolution(problem, source, target, WeightStrides(problem, false));
+  return winograd_block(conv, problem.out_channels, problem.in_channels, best_kernels());
+}
+
+Tensor winograd_kernels(const Tensor& weight, int64_t block, int64_t stride) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "winograd_kernels: expected a weight of 3x3 kernels");
+  STD_TORCH_CHECK(block == 2 || (block == 4 && stride == 1), "winograd_kernels: expected blocks of a side of 2 or 4");
+  const FloatArray weights = floats(weight);
+  const Problem problem = {weight.size(1), weight.size(0), 1, {1, 1, 0, 1}, {3, stride, 1, 1}, {3, stride, 1, 1}};
+  Planes map = {};
+  map.height = map.width = 4;  // which has no influence, but that taps are dropped on smaller ones
+  Convolution conv = forward_convolution(problem, map, map, WeightStrides(problem, weights.channels_last()));
+  conv.weight = weights.data();
+  conv.weight_extent = weight.numel();
+  conv.winograd.block = block;
+  const Kernels& kernels = best_kernels();
+  const int64_t row = transformed_row(conv, problem.in_channels, kernels), points = (block + 2) * (block + 2);
+  Tensor transformed = empty_strided({problem.out_channels, points, problem.in_channels}, {row, row / points, 1},
+                                     aoti_torch_dtype_float32());
+  std::vector<int64_t> rows(size_t(problem.out_channels));
+  std::iota(rows.begin(), rows.end(), 0);
+  transform_weights(conv, rows, 0, problem.in_channels, kernels, static_cast<float*>(transformed.mutable_data_ptr()));
+  return transformed;
 }
 
 std::vector<int64_t> output_sizes(const Problem& problem, const Tensor& input) {
@@ -445,18 +497,23 @@ struct Operands {
 
   Operands(const Problem& problem,
            const Tensor& input,                // [N, C_in, H, W] | [B, C_in, T, H, W]
-           const Tensor& weight,               // [C_out, C_in / groups, kh, kw] | [..., kt, kh, kw]
+           const Tensor& weight,               // [C_out, C_in / groups, kh, kw] | [..., kt, kh, kw] | transformed
            const std::optional<Tensor>& bias,  // [C_out]
            int64_t activation,
            const Tensor& output)  // [N, C_out, H', W'] | [B, C_out, T', H', W']
-      : weights(floats(weight)),
+      : weights(problem.block > 0 ? FloatArray() : floats(weight)),
         biases(floats(bias)),
         strides(problem, weights.channels_last()),
-        conv(forward_convolution(problem, input, output, strides)) {
+        conv(forward_convolution(problem, planes_of(input), planes_of(output), strides)) {
     STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu), "unknown activation");
     STD_TORCH_CHECK(!bias.has_value() || bias->numel() == problem.out_channels, "expected bias [C_out]");
     conv.weight = weights.data();
     conv.weight_extent = weight.numel();
+    if (problem.block > 0) {
+      STD_TORCH_CHECK(suits_winograd(conv), "expected no transformed kernels for a map of that size");
+      const auto* const kernels = static_cast<const float*>(weight.const_data_ptr());
+      conv.winograd = {kernels, 0, weight.stride(0), weight.stride(1), problem.block};
+    }
     conv.bias = biases.data();
     conv.activation = Activation(activation);
   }
@@ -492,8 +549,7 @@ void convolve_blocks(const Problem& problem, const Tensor& input, const Tensor& 
   const std::span<const Unit> units = blocks.units;
   const int64_t channel_count = problem.in_channels * problem.t.size;
   prepare(conv, problem, units, problem.out_channels, channel_count, kernels);
-  if (conv.winograd.block > 0)
-    transform_weights(conv, units, 0, problem.out_channels, channel_count, kernels, call_scratch());
+  transform(conv, problem, units, 0, problem.out_channels, channel_count, kernels);
   std::vector<Task> tasks;
   std::vector<size_t> task_ends = {0};
   for (size_t b = 0, begin = 0; b < blocks.ends.size(); begin = blocks.ends[b++]) {

@@ -27,6 +27,7 @@ struct KernelAxis {
 struct Problem {
   int64_t in_channels, out_channels, group_count;
   KernelAxis t, y, x;
+  int64_t block = 0;  // not 0: the weight's kernels are transformed for blocks of that side, by winograd_kernels
 
   int64_t taps() const { return y.size * x.size; }
   int64_t group_in() const { return in_channels / group_count; }
@@ -40,6 +41,20 @@ Problem problem_of(const char* op,
                    const torch::stable::Tensor& weight,  // [C_out, C_in / groups, kh, kw] | [..., kt, kh, kw]
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, int64_t groups);
+
+// The same of a 2D convolution with transformed kernels.
+Problem winograd_problem(const char* op,
+                         const torch::stable::Tensor& input,    // [N, C_in, H, W]
+                         const torch::stable::Tensor& kernels,  // [C_out, points, C_in]
+                         int64_t stride, const std::vector<int64_t>& padding);
+
+// The side of the blocks to transform the kernels of a 2D convolution for, once for many calls with maps of that size;
+// 0 where they are better left as they are.
+int64_t kept_winograd_block(const Problem& problem, int64_t height, int64_t width);
+
+// The kernels of a weight as Winograd's method multiplies with them, float32.
+torch::stable::Tensor winograd_kernels(const torch::stable::Tensor& weight,  // [C_out, C_in, 3, 3]
+                                       int64_t block, int64_t stride);       // [C_out, points, C_in]
 
 // Sizes of the output for an input. A packed input keeps its number of frames.
 std::vector<int64_t> output_sizes(const Problem& problem, const torch::stable::Tensor& input);

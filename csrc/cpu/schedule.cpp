@@ -23,15 +23,15 @@ constexpr int64_t kPointBytes = 1344 * 1024;
 // Half of that for blocks of 4x4 where a second-level cache holds the transformed kernels, so that reading them again
 // costs little. Blocks of stride 2 lose more in vectors left half empty.
 constexpr int64_t kStayingKernels = 768 * 1024;
-// Kernels transformed for blocks of 4x4 are four times the weights; larger ones would weigh more than the products that
-// they save.
+// Kernels transformed for blocks of 4x4 are four times the weights. In one call, larger ones would weigh more than the
+// products that they save.
 constexpr int64_t kLargestKernels = 6 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
 // Of transformed kernels that are held at once. Where there are more, rows of them take turns.
 constexpr int64_t kKernelBytes = 12 << 20;
-// Transforming a kernel takes as long as so many products, most of it for memory.
-constexpr double kKernelWork = 1024;
+// Making a point of a transformed kernel takes as long as so many products, most of it for memory.
+constexpr double kPointWork = 64;
 // Smaller maps of stride 2 leave vectors of blocks half empty.
 constexpr int64_t kWinogradPoints = 100;
 constexpr size_t kUnitsPerTask = 64;
@@ -191,9 +191,6 @@ void flatten_grid(Convolution& conv) {
   conv.grid_height = 1;
 }
 
-namespace {
-
-// The rows that units write, each once.
 std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count) {
   std::vector<bool> used(size_t(row_count), false);
   for (const Unit& unit : units)
@@ -204,7 +201,9 @@ std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count) {
   return rows;
 }
 
-// How often each kernel of those rows is used, on average.
+namespace {
+
+// How often each kernel of the rows that units write is used, on average.
 double uses_of_kernels(std::span<const Unit> units, int64_t row_count, int64_t channel_count) {
   int64_t uses = 0;
   for (const Unit& unit : units) uses += unit.row_count * unit.live_count;
@@ -213,34 +212,59 @@ double uses_of_kernels(std::span<const Unit> units, int64_t row_count, int64_t c
 
 }  // namespace
 
-int64_t winograd_block(const Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
-                       const Kernels& kernels) {
-  const int64_t step = conv.step_y, points = conv.grid_height * conv.grid_width;
-  if (number_stride(conv) == 0) return 0;
+bool suits_winograd(const Convolution& conv) {
+  const int64_t step = conv.step_y;
+  if (number_stride(conv) == 0) return false;
   if (conv.taps.size() != 9 || conv.step_x != step || (step != 1 && step != 2) || conv.shift_y != 2 / step ||
       conv.shift_x != 2 / step || conv.target_step_y != 1 || conv.target_step_x != 1)
-    return 0;
+    return false;
   // Nine taps may also be what is left of a larger kernel; then they do not lie the same distance apart.
   for (size_t i = 0; i < 9; ++i)
-    if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return 0;
-  const auto blocks = [&](int64_t side) { return ceil_div(conv.grid_height, side) * ceil_div(conv.grid_width, side); };
-  if (step == 2) return points < kWinogradPoints ? 0 : 2;
-  const int64_t saved = 9 * points - 16 * ceil_div(blocks(2), kernels.lanes) * kernels.lanes;  // by one use of a kernel
-  if (uses_of_kernels(units, row_count, channel_count) * double(saved) < kKernelWork) return 0;
-  const bool fewer_products = 36 * blocks(4) < 16 * blocks(2);
-  const bool small_kernels = 36 * 4 * row_count * channel_count <= kLargestKernels;
-  return fewer_products && blocks(4) >= kernels.pixel_block && small_kernels ? 4 : 2;
+    if (conv.taps[i].weight != int32_t(i) * conv.taps[1].weight) return false;
+  return true;
 }
 
 namespace {
 
-// Numbers of a row's transformed kernels.
+int64_t block_count(const Convolution& conv, int64_t side) {
+  return ceil_div(conv.grid_height, side) * ceil_div(conv.grid_width, side);
+}
+
+// The block that takes least, of a kernel that is used so often after it was transformed, at so many products a point.
+int64_t cheapest_block(const Convolution& conv, double uses, double point_work, int64_t kernel_count,
+                       int64_t largest_bytes, const Kernels& kernels) {
+  if (conv.step_y == 2) return conv.grid_height * conv.grid_width < kWinogradPoints ? 0 : 2;
+  int64_t cheapest = 0;
+  double least = uses * double(9 * conv.grid_height * conv.grid_width);
+  for (const int64_t block : {2, 4}) {
+    const int64_t points = (block + 2) * (block + 2), lanes = kernels.lanes;
+    const int64_t products = points * ceil_div(block_count(conv, block), lanes) * lanes;
+    const double work = uses * double(products) + point_work * double(points);
+    if (work >= least || (block == 4 && 4 * points * kernel_count > largest_bytes)) continue;
+    cheapest = block;
+    least = work;
+  }
+  return cheapest;
+}
+
+}  // namespace
+
+int64_t winograd_block(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
+  if (!suits_winograd(conv)) return 0;
+  return cheapest_block(conv, 1, 0, row_count * channel_count, kKernelBytes, kernels);
+}
+
+int64_t winograd_block(const Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels) {
+  if (!suits_winograd(conv)) return 0;
+  const double uses = uses_of_kernels(units, row_count, channel_count);
+  return cheapest_block(conv, uses, kPointWork, row_count * channel_count, kLargestKernels, kernels);
+}
+
 int64_t transformed_row(const Convolution& conv, int64_t channel_count, const Kernels& kernels) {
   const int64_t side = conv.winograd.block + 2;
   return side * side * kernels.winograd_point_stride(channel_count);
 }
-
-}  // namespace
 
 int64_t kernel_parts(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
   if (conv.winograd.block == 0) return 1;
@@ -266,12 +290,10 @@ bool can_use_depthwise_channels(const Convolution& conv, int64_t source_channels
          can_use_depthwise(conv, source_channels, target_channels);
 }
 
-void transform_weights(Convolution& conv, std::span<const Unit> units, int64_t row_begin, int64_t row_end,
-                       int64_t channel_count, const Kernels& kernels, Scratch& scratch) {
-  const std::vector<int64_t> rows = used_rows(units, row_end);
+void transform_weights(Convolution& conv, std::span<const int64_t> rows, int64_t row_begin, int64_t channel_count,
+                       const Kernels& kernels, float* transformed) {
   const int64_t point_stride = kernels.winograd_point_stride(channel_count);
   const int64_t row_stride = transformed_row(conv, channel_count, kernels);
-  float* transformed = static_cast<float*>(scratch.reserve((row_end - row_begin) * row_stride * 4));
   conv.winograd = {transformed, row_begin, row_stride, point_stride, conv.winograd.block};
   constexpr int64_t chunk = 8;
   const int64_t count = ceil_div(int64_t(rows.size()), chunk);

@@ -14,9 +14,15 @@ namespace adakernels {
 // The kernels of the best instruction set of this machine.
 const Kernels& best_kernels();
 
-// The side of the blocks of outputs that Winograd's method makes: 4 where they fill a register tile and the transformed
-// kernels are not too large, else 2. 0 unless the taps make an undilated 3x3 kernel, at stride 1 one that the units use
-// so often that transforming it pays, at stride 2 on maps that are large enough to fill vectors.
+// Whether the taps make an undilated 3x3 kernel of stride 1 or 2, which Winograd's method is for.
+bool suits_winograd(const Convolution& convolution);
+
+// The side of the blocks of outputs, 2 or 4, in which Winograd's method makes a map of these kernels fastest if they are
+// transformed beforehand. 0 where the direct sum is faster.
+int64_t winograd_block(const Convolution& convolution, int64_t row_count, int64_t channel_count,
+                       const Kernels& kernels);
+
+// The same where they are yet to be transformed, for use by the units.
 int64_t winograd_block(const Convolution& convolution, std::span<const Unit> units, int64_t row_count,
                        int64_t channel_count, const Kernels& kernels);
 
@@ -28,10 +34,16 @@ bool can_use_depthwise_channels(const Convolution& convolution, int64_t source_c
 // not take much memory: the source is transformed anew for each.
 int64_t kernel_parts(const Convolution& convolution, int64_t row_count, int64_t channel_count, const Kernels& kernels);
 
-// Transforms the 3x3 kernels of the rows [row_begin, row_end) that units name into `scratch`, for the blocks chosen,
-// and has `convolution` use them.
-void transform_weights(Convolution& convolution, std::span<const Unit> units, int64_t row_begin, int64_t row_end,
-                       int64_t channel_count, const Kernels& kernels, Scratch& scratch);
+// Transforms the 3x3 kernels of `rows` for the blocks chosen, and has `convolution` use them. transformed: room for
+// those of the rows [row_begin, row_end), as many numbers each as `transformed_row` says
+void transform_weights(Convolution& convolution, std::span<const int64_t> rows, int64_t row_begin,
+                       int64_t channel_count, const Kernels& kernels, float* transformed);
+
+// Numbers of a row's transformed kernels.
+int64_t transformed_row(const Convolution& convolution, int64_t channel_count, const Kernels& kernels);
+
+// The rows that units write, each once.
+std::vector<int64_t> used_rows(std::span<const Unit> units, int64_t row_count);
 
 struct Task {
   const Convolution* convolution;

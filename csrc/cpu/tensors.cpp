@@ -100,18 +100,19 @@ std::vector<int64_t> strides_like_format(const Tensor& like, const std::vector<i
   return strides;
 }
 
-Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, bool as_float) {
-  const std::vector<int64_t> strides = strides_like_format(like, sizes);
-  int32_t dtype, device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  if (as_float) dtype = aoti_torch_dtype_float32();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, 0,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
   return tensor;
+}
+
+Tensor empty_like_format(const Tensor& like, const std::vector<int64_t>& sizes, bool as_float) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_strided(sizes, strides_like_format(like, sizes), as_float ? aoti_torch_dtype_float32() : dtype);
 }
 
 PolicyValues policy_values(const std::optional<Tensor>& policy, int64_t frame_count, int64_t channels, const char* op,

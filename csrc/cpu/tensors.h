@@ -48,6 +48,10 @@ bool is_channels_last(const torch::stable::Tensor& tensor);
 // sizes: [N, C, H, W] | [B, C, T, H, W]
 std::vector<int64_t> strides_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes);
 
+// An uninitialised tensor on the CPU.
+torch::stable::Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                                    int32_t dtype);
+
 // An uninitialised tensor, channels-last where `like` is that and not contiguous, of `like`'s dtype or of float32.
 // sizes: [N, C, H, W] | [B, C, T, H, W]
 torch::stable::Tensor empty_like_format(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,

@@ -1,6 +1,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adakernels as ak
+from adakernels import _extension
 from adakernels.nn import GatedConv2d, conv_norm_act
 
 FRAMES = 3
@@ -284,6 +286,39 @@ def test_folding_happens_once(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -
     module.requires_grad_(False)
     module(frames)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d])
+@pytest.mark.parametrize("gated", [True, False])
+def test_kernels_are_transformed_once(
+    gated: bool, norm: Any, policy: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adakernels.nn import _conv_norm_act
+
+    calls = []
+    transform = _conv_norm_act.winograd_kernels
+    monkeypatch.setattr(
+        _conv_norm_act, "winograd_kernels", lambda *args: calls.append(args[1:]) or transform(*args)
+    )
+    module = GatedConv2d(4, 6, 3, padding=1, norm=norm, activation="relu").eval()
+    policies = (policy,) if gated else ()
+    small, large = torch.randn(2 * FRAMES, 4, 40, 40), torch.randn(2 * FRAMES, 4, 8, 130)
+    expected = [module(frames, *policies, frames=FRAMES).detach() for frames in (small, large)]
+    assert not calls, "calls that record for backward go without"
+    with torch.no_grad(), ak.use_backend("reference"):
+        module(small, *policies, frames=FRAMES)
+    assert not calls
+    with torch.inference_mode():
+        for _ in range(3):
+            for frames, result in zip((small, large), expected, strict=True):
+                actual = module(frames, *policies, frames=FRAMES)
+                torch.testing.assert_close(actual, result, rtol=1e-4, atol=1e-5)
+        assert calls == ([(4, 1)] if _extension.has_cpu else [])
+        with torch.autocast("cpu", torch.bfloat16):
+            module(small, *policies, frames=FRAMES)
+        module.eval()
+        module(small, *policies, frames=FRAMES)
+        assert len(calls) == (2 if _extension.has_cpu else 0), "kept no longer than until the mode is set"
 
 
 def test_weights_folded_in_inference_mode_serve_a_gradient(frames: Tensor) -> None:

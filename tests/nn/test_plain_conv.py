@@ -46,7 +46,12 @@ def kernels(function: Callable[[], Any]) -> set[str]:
     """The convolutions that a call comes down to, by the names of their operators."""
     with profile() as recorded:
         function()
-    names = {"adakernels::gated_conv2d", "adakernels::sliced_conv3d", "mkldnn::_convolution_pointwise"}
+    names = {
+        "adakernels::gated_conv2d",
+        "adakernels::winograd_conv2d",
+        "adakernels::sliced_conv3d",
+        "mkldnn::_convolution_pointwise",
+    }
     return names & {event.name for event in recorded.function_events}
 
 
@@ -54,12 +59,14 @@ def expected_kernels(rank: int, shape: str, format: str) -> set[str]:
     """What the fastest kernel is, where the extension and oneDNN are there."""
     if shape in LEFT or format == "every other row":
         return set()
-    if format == "contiguous" and _extension.has_cpu:
-        return {"adakernels::gated_conv2d" if rank == 2 else "adakernels::sliced_conv3d"}
-    if format == "channels last" and _extension.has_cpu:
-        winograd = rank == 2 and shape == "3x3"
-        return {"adakernels::gated_conv2d" if winograd else "mkldnn::_convolution_pointwise"}
-    return set()
+    if not _extension.has_cpu:
+        return set()
+    winograd = rank == 2 and shape in ("3x3", "3x3, stride 2")
+    if format == "contiguous":
+        two = "adakernels::winograd_conv2d" if winograd else "adakernels::gated_conv2d"
+        return {two if rank == 2 else "adakernels::sliced_conv3d"}
+    winograd = winograd and "stride" not in shape
+    return {"adakernels::winograd_conv2d" if winograd else "mkldnn::_convolution_pointwise"}
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +189,9 @@ def test_frames_of_packed_clips(kernel: tuple[int, int, int], channels_last: boo
     if channels_last:
         frames = frames.to(memory_format=torch.channels_last)
     clips = PackedClips(frames, torch.tensor([0, 2, 5], dtype=torch.int32))
-    ours = "adakernels::gated_conv2d" if not channels_last else "mkldnn::_convolution_pointwise"
+    ours = "mkldnn::_convolution_pointwise"
+    if not channels_last:
+        ours = "adakernels::winograd_conv2d" if kernel[1] == 3 else "adakernels::gated_conv2d"
     expected = conv(clips)
     with torch.no_grad():
         output = conv(clips)
