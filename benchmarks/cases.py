@@ -74,9 +74,10 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class MemoryCase(LayerCase):
-    """A layer whose peak memory is measured in one form: "ours", or "fused" for `temporal_fuse` alone."""
+    """A layer whose peak memory is measured in one form: "operator", "ours" with what the layer keeps, or
+    "fused" for `temporal_fuse` alone."""
 
-    form: str = "ours"
+    form: str = "operator"
 
     @property
     def name(self) -> str:
@@ -282,6 +283,9 @@ MEMORY = [
     MemoryCase("memory", RESNET50_CONV2[2], BATCHES[1], skipped=0.5),
     MemoryCase("memory", EFFICIENTNET_B0_DEPTHWISE[1], BATCHES[1], updated=0.5),
     MemoryCase("memory", RESNET18_CONV1[0], BATCHES[1], updated=0.5, form="fused"),
+    MemoryCase("memory_layer", RESNET18_CONV1[0], BATCHES[1], updated=0.5, form="ours"),
+    MemoryCase("memory_layer", RESNET18_CONV1[6], BATCHES[1], updated=0.5, form="ours"),
+    MemoryCase("memory_layer", RESNET50_CONV2[2], BATCHES[1], skipped=0.5, form="ours"),
 ]
 PATCH = PatchCase(32, 3, 224, 128, quick=True)
 PATCH_GRADIENT = replace(PATCH, gradients="origin")
@@ -308,6 +312,7 @@ PATCHES = [
 TINY = LayerCase("overhead", ConvShape(4, 4, 4, activation=None), batch=2, updated=0.5, quick=True)
 INFERENCE_CALLS = ("no policy", "policy", "in_policy")
 TRAINING_CALLS = ("policy, recording for backward",)
+LAYER_CALLS = ("layer, policy",)
 
 BELOW_ONE = tuple(u for u in UPDATED if u < 1)
 TARGETS = [
@@ -338,8 +343,10 @@ TARGETS = [
     Target("patch gather, origin gradient", "patch_origin", "speedup"),
     Target("patch gather, both gradients", "patch_both", "speedup"),
     Target("peak memory, gated and 3D", "memory", "memory_ratio", worst=1.1, aim=1.0),
+    Target("peak memory with what layers keep", "memory_layer", "memory_ratio"),
     Target("call overhead", "overhead", "overhead_us", worst=15.0, aim=5.0, cases=INFERENCE_CALLS),
     Target("call overhead, training", "overhead", "overhead_us", worst=15.0, aim=5.0, cases=TRAINING_CALLS),
+    Target("call overhead of a layer", "overhead", "overhead_us", cases=LAYER_CALLS),
 ]
 
 

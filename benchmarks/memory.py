@@ -100,7 +100,7 @@ def child_environment() -> dict[str, str]:
 
 
 def peak_in_fresh_process(form: str, memory_format: str, index: int, threads: int) -> int:
-    """Peak bytes of `form` ("dense", "masked", "ours" or "fused") of a case, in a new process."""
+    """Peak bytes of `form` ("dense", "masked", "ours", "operator" or "fused") of a case, in a new process."""
     command = [sys.executable, "-m", "benchmarks.memory", form, memory_format, str(index), str(threads)]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -118,9 +118,9 @@ def main(form: str, memory_format: str, index: str, threads: str) -> None:
             warm = clip_runner(replace(case.layer, size=8), form, memory_format)
             runner = clip_runner(case.layer, form, memory_format)
         else:
-            small = Layer(replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2))
-            warm = getattr(small.in_format(memory_format), form)
-            runner = getattr(Layer(case).in_format(memory_format), form)
+            small = replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2)
+            with torch.inference_mode(False):  # what is made of a layer's weight is kept
+                warm, runner = (getattr(Layer(c).in_format(memory_format), form) for c in (small, case))
         for _ in range(3):
             warm()
         print(peak_of_call(runner))

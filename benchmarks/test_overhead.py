@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import adakernels as ak
 from benchmarks import memory
-from benchmarks.cases import INFERENCE_CALLS, TINY, TRAINING_CALLS, MemoryCase
+from benchmarks.cases import INFERENCE_CALLS, LAYER_CALLS, TINY, TRAINING_CALLS, MemoryCase
 from benchmarks.layers import Layer
 from benchmarks.measure import FORMATS, Race, assert_matches
 from benchmarks.test_layers import describe
@@ -20,8 +20,8 @@ from benchmarks.test_layers import describe
 SAMPLE_TIME = 2e-3
 CALLS = dict(
     zip(
-        INFERENCE_CALLS + TRAINING_CALLS,
-        (replace(TINY, updated=None), TINY, replace(TINY, updated=None, skipped=0.5), TINY),
+        INFERENCE_CALLS + TRAINING_CALLS + LAYER_CALLS,
+        (replace(TINY, updated=None), TINY, replace(TINY, updated=None, skipped=0.5), TINY, TINY),
         strict=True,
     )
 )
@@ -35,7 +35,7 @@ def test_call_overhead(benchmark: Any, call: str) -> None:
     layer.weight.requires_grad_(recording)
     shape = layer.shape
     positional, named = layer.arguments()
-    ours = partial(ak.gated_conv2d, *positional, **named)
+    ours = layer.ours if call in LAYER_CALLS else partial(ak.gated_conv2d, *positional, **named)
     dense = partial(F.conv2d, layer.input, layer.weight, layer.bias, shape.stride, shape.padding)
 
     with torch.inference_mode(not recording):

@@ -10,7 +10,7 @@ import torch
 import adakernels as ak
 from adakernels.models import a3d_slow_resnet50
 from benchmarks.dense import DENSE_FORMS
-from benchmarks.measure import contest, efficiency, medians
+from benchmarks.measure import contest, efficiency, masked_ratio, medians
 from benchmarks.slim import DenseSlow, SlimCase, SlimLayer, SlimModelCase
 
 
@@ -43,7 +43,7 @@ def _report(benchmark: Any, case: SlimCase, layer: SlimLayer, record: dict[str, 
         width=case.width,
         macs=case.macs,
         time_ratio=seconds["ours"] / seconds["dense"],
-        masked_ratio=seconds["ours"] / seconds["masked"],
+        masked_ratio=masked_ratio(record),
         **record,
     )
 

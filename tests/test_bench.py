@@ -168,8 +168,9 @@ def test_fastest_variants_are_compared(clock: Clock, quick: bool) -> None:
     winners = {"ours y", "dense y", "masked y"}
     assert set(record["times"]) == winners | (set() if quick else {"ours x", "dense x"})
     assert all(record["times"][name]["rounds"] == 15 for name in winners)
-    # The last race is between two.
+    # The last two races are between two each.
     assert clock.log[-30:] == ["dense y", "ours y"] * 15
+    assert sorted(clock.log[-60:-30]) == ["masked y"] * 15 + ["ours y"] * 15
 
 
 @pytest.mark.parametrize("finalists", [1, 2])

@@ -17,7 +17,7 @@ from adakernels.nn.folding import DerivedCache, FoldCache, folded_batch_norm, is
 from adakernels.ops._cpu_conv import conv_on_cpu
 from adakernels.ops._layout import is_dense
 from adakernels.ops._library import is_observed
-from adakernels.ops._winograd import winograd_block, winograd_kernels
+from adakernels.ops._winograd import Keep, Transform, winograd_kernels
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -59,7 +59,7 @@ class ConvNormAct(_ConvNd):
         self.norm = norm
         self.activation = activation
         self._folded: FoldCache = FoldCache()
-        self._kernels: DerivedCache[dict[int, Tensor]] = DerivedCache()
+        self._kernels: DerivedCache[dict[Transform, Tensor]] = DerivedCache()
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as `torch.nn.Module.train` does, and drops what was made from the weights so far."""
@@ -136,40 +136,43 @@ class ConvNormAct(_ConvNd):
         ):
             return None
         geometry = self.geometry(weight.dim() - 2)
-        return conv_on_cpu(op, input, weight, bias, self._transformed, *geometry, activation)
+        return conv_on_cpu(op, input, weight, bias, self._transformed_if_folded, *geometry, activation)
 
-    def winograd_kernels(
+    def keep(
         self,
         op: str,
         input: Tensor,  # [N, C_in, H, W]
         weight: Tensor,  # [C_out, C_in/groups, kh, kw]
-    ) -> Tensor | None:  # [C_out, points, C_in]
-        """The kernels of `weight` as Winograd's method multiplies with them, kept for as long as it does not
-        change; None where the CPU kernel of `op` may not run this or does best without."""
-        # First what leaves most of the other layers out.
-        if (
-            self.kernel_size != (3, 3)
-            or self.padding_mode != "zeros"
-            or not self.suits_cpu_kernel(op, input, weight)
-        ):
+    ) -> Keep | None:
+        """Where the CPU kernel of `op` gets transformed kernels; None where it may not run this."""
+        if weight.shape[2:] != (3, 3):  # first what leaves most of the other layers out
             return None
-        geometry = weight.shape[2:], self.stride, self.padding, self.dilation, self.groups
-        block = winograd_block(input.shape[2:], input.shape[1], weight.shape[0], *geometry)
-        return self._transformed(weight, block) if block > 0 else None
+        return self._transformed if self.suits_cpu_kernel(op, input, weight) else None
 
     def _transformed(
         self,
         weight: Tensor,  # [C_out, C_in, 3, 3]
-        block: int,
+        transform: Transform,
     ) -> Tensor | None:  # [C_out, points, C_in]
+        """`winograd_kernels` of a weight, made once and kept for as long as it does not change."""
+        if "weight" not in self._parameters:  # a parametrised one is new in every call
+            return None
         kept = self._kernels.get((weight,), dict)
         if kept is None:
             return None
-        kernels = kept.get(block)
+        kernels = kept.get(transform)
         if kernels is None:
             with torch.inference_mode(False), torch.no_grad():
-                kernels = kept[block] = winograd_kernels(weight, block, self.stride[-1])
+                kernels = kept[transform] = winograd_kernels(weight, transform)
         return kernels
+
+    def _transformed_if_folded(
+        self,
+        weight: Tensor,  # [C_out, C_in, 3, 3]
+        transform: Transform,
+    ) -> Tensor | None:  # [C_out, points, C_in]
+        """The same, but not of the parameter itself: torch follows changes of that which show nowhere."""
+        return None if weight.data_ptr() == self.weight.data_ptr() else self._transformed(weight, transform)
 
     def geometry(self, rank: int) -> tuple[Any, ...]:
         """Stride, padding and dilation of the last `rank` dimensions, and groups."""

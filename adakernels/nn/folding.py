@@ -91,10 +91,11 @@ class DerivedCache(Generic[_T]):
                 if tensor is None:
                     key.append(None)
                     continue
-                if graded and tensor.requires_grad:
+                # Inference tensors have no version counter; to ask for it is slow.
+                if (graded and tensor.requires_grad) or tensor.is_inference():
                     return None
                 key += tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
-        except RuntimeError:  # inference tensors have no version counter, wrapped tensors no address
+        except RuntimeError:  # wrapped tensors have no address
             return None
         entry = self._entry
         if entry is not None and entry[0] == key:

@@ -211,7 +211,7 @@ class _SlimConv(ConvNormAct):
         if planned is None:
             return None
         slim, run = planned
-        key = run.form, slim.out_channels, slim.segments
+        key = run.form, run.transform, slim.out_channels, slim.segments
         # Other threads may add widths and drop this one meanwhile.
         tensors = prepared.widths.get(key)
         if tensors is None:
@@ -245,7 +245,7 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
     Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is that module when
     called with its input alone. In inference on the CPU it takes the fastest kernel, which may round
     otherwise, and keeps copies of the weight for the last two widths it was called with, in the layout that
-    the convolution reads (A3D, §3.2).
+    the convolution reads (A3D, §3.2), or 3x3 kernels as Winograd's method multiplies with them.
 
     Args:
         norm: normalisation of the result: a module, or a callable that makes one from the number of channels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate,
 from adakernels.ops._layout import CHANNELS_LAST, memory_format
 from adakernels.ops._library import below_autograd
 from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn
-from adakernels.ops._winograd import winograd_block, winograd_conv2d, winograd_kernels
+from adakernels.ops._winograd import Keep, Transform, winograd_conv2d, winograd_kernels, winograd_transform
 
 
 class Form(NamedTuple):
@@ -102,18 +102,18 @@ def prepared_form(
     form: Form, shape: tuple[int, ...], kernel: tuple[int, ...], conv: ConvArguments, out_channels: int
 ) -> Form:
     """The form with a weight that is prepared once for many calls, where it is `form` with one as it is."""
-    if form.kernel == "native" and _winograd_block(form, shape, kernel, conv, out_channels) > 0:
+    two = len(kernel) == 2 or form.fold == "frames"
+    if form.kernel == "native" and two and _transform(shape, kernel[-2:], conv, out_channels) is not None:
         return Form(form.fold, "winograd")
     return form
 
 
-def _winograd_block(
-    form: Form, shape: tuple[int, ...], kernel: tuple[int, ...], conv: ConvArguments, out_channels: int
-) -> int:
-    if len(kernel) == 3 and form.fold != "frames":
-        return 0
-    geometry = kernel[-2:], conv.stride[-2:], conv.padding[-2:], conv.dilation[-2:], conv.groups
-    return winograd_block(shape[-2:], shape[1], out_channels, *geometry)
+def _transform(
+    shape: tuple[int, ...], kernel: tuple[int, ...], conv: ConvArguments, out_channels: int
+) -> Transform | None:
+    """`winograd_transform` of a convolution over the last two dimensions."""
+    geometry = conv.stride[-2:], conv.padding[-2:], conv.dilation[-2:], conv.groups
+    return winograd_transform(shape[-2:], shape[1], out_channels, kernel, *geometry)
 
 
 def folded(
@@ -163,11 +163,12 @@ def prepared(
         shape: of the input, which may later be another one.
     """
     stride, padding, dilation, groups = folded_arguments(form.fold, conv)
-    block = _winograd_block(form, tuple(shape), tuple(weight.shape[2:]), conv, weight.shape[0])
     weight = folded_weight(form.fold, weight)
     bias = None if bias is None else bias.clone()
     if form.kernel == "winograd":
-        return winograd_kernels(weight, block, stride[0]), bias
+        transform = _transform(tuple(shape), (3, 3), conv, weight.shape[0])
+        assert transform is not None
+        return winograd_kernels(weight, transform), bias
     if form.kernel not in ("onednn", "linear"):
         return weight.clone(memory_format=torch.contiguous_format), bias
     size = list(folded(form.fold, torch.empty(shape, device="meta")).shape)
@@ -188,7 +189,16 @@ class CpuConv:
         out_channels: how many output channels there are.
     """
 
-    __slots__ = ("_activation", "_arguments", "_folded", "_operator", "_order", "_unfolded", "form")
+    __slots__ = (
+        "_activation",
+        "_arguments",
+        "_folded",
+        "_operator",
+        "_order",
+        "_unfolded",
+        "form",
+        "transform",
+    )
 
     def __init__(
         self,
@@ -200,6 +210,9 @@ class CpuConv:
     ) -> None:
         output = (shape[0], out_channels, *conv.output)
         self.form = form
+        # Of the kernels that stand for a weight.
+        winograd = form.kernel == "winograd"
+        self.transform = _transform(tuple(shape), (3, 3), conv, out_channels) if winograd else None
         self._folded = _folded_geometry(form.fold, shape, format)
         self._unfolded = _geometry(output, format) if form.fold else None
         # The operator of one call, and what follows the tensors in it; None for torch's functions.
@@ -286,11 +299,10 @@ def cpu_conv(
 
 
 class _Choice(NamedTuple):
-    """How to run a plain convolution: with its weight, or with kernels transformed for blocks of a side."""
+    """How to run a plain convolution: with its weight, or with kernels that are prepared for many calls."""
 
     plain: CpuConv
-    transformed: CpuConv
-    block: int  # 0: there is no use in transforming kernels
+    prepared: CpuConv
 
 
 @_checks.planned("input", "weight", "bias?")
@@ -315,9 +327,7 @@ def _fastest(
         return None
     form = cpu_form_of(shape, format, input[1], kernel, conv, out_channels, onednn)
     prepared = prepared_form(form, shape, kernel, conv, out_channels)
-    block = 0 if prepared == form else _winograd_block(form, shape, kernel, conv, out_channels)
-    plain, transformed = (cpu_conv(each, shape, format, conv, out_channels) for each in (form, prepared))
-    return _Choice(plain, transformed, block)
+    return _Choice(*(cpu_conv(each, shape, format, conv, out_channels) for each in (form, prepared)))
 
 
 def conv_on_cpu(
@@ -325,7 +335,7 @@ def conv_on_cpu(
     input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
     weight: Tensor,  # [C_out, C_in/groups, ...]
     bias: Tensor | None,  # [C_out]
-    kernels: Callable[[Tensor, int], Tensor | None],
+    keep: Keep,
     *arguments: Any,
 ) -> Tensor | None:
     """A convolution by the CPU's fastest kernel for it, without recording for backward; None where only torch
@@ -334,16 +344,13 @@ def conv_on_cpu(
     Args:
         op: that errors are about.
         input: float32 or bfloat16, contiguous or channels last.
-        kernels: `winograd_kernels` of a weight [C_out, C_in, 3, 3] for blocks of a side, if they can be kept.
+        keep: gives transformed kernels.
         arguments: stride, padding, dilation, groups and activation.
     """
     choice = _fastest(op, input, weight, bias, memory_format(input), has_onednn(input.dtype), *arguments)
     if choice is None:
         return None
     weight = folded_weight(choice.plain.form.fold, weight)
-    transformed = kernels(weight, choice.block) if choice.block > 0 else None
-    return (
-        choice.plain(input, weight, bias)
-        if transformed is None
-        else choice.transformed(input, transformed, bias)
-    )
+    transform = choice.prepared.transform
+    kernels = None if transform is None else keep(weight, transform)
+    return choice.plain(input, weight, bias) if kernels is None else choice.prepared(input, kernels, bias)

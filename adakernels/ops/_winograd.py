@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ library.define(
 )
 winograd_conv2d = torch.ops.adakernels.winograd_conv2d.default
 winograd_conv2d_add_ = torch.ops.adakernels.winograd_conv2d_add_.default
-_LINE = 16  # numbers of a cache line
+_LINE = 16  # numbers of a cache line, as csrc/cpu/kernels/winograd.h keeps points apart
 
 
 @torch.library.register_fake("adakernels::winograd_kernels", lib=library)
@@ -72,35 +73,62 @@ def _add_fake(
     pass
 
 
+class Transform(NamedTuple):
+    """How kernels are transformed: to make outputs in blocks of a side, at a stride."""
+
+    block: int
+    stride: int
+
+
 @lru_cache(maxsize=4096)
-def winograd_block(
+def winograd_transform(
     size: tuple[int, ...],
     channels: int,
     out_channels: int,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
+    padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
-) -> int:
-    """The side of the blocks of outputs to transform a convolution's kernels for, once for many calls with
-    maps of `size`, where this package's kernels run it; 0 where they do best with the kernels as they are."""
+) -> Transform | None:
+    """How to transform the kernels of a convolution that this package's CPU kernels run, once for many calls
+    with maps of `size`; None where they do best with the kernels as they are."""
     if kernel != (3, 3) or stride not in ((1, 1), (2, 2)) or dilation != (1, 1) or groups != 1:
-        return 0
-    if isinstance(padding, str):
-        return 0
-    block: int = torch.ops.adakernels.winograd_block(size, channels, out_channels, stride[0], padding)
-    return block
+        return None
+    block = torch.ops.adakernels.winograd_block(size, channels, out_channels, stride[0], padding)
+    return Transform(block, stride[0]) if block > 0 else None
 
 
 def winograd_kernels(
     weight: Tensor,  # [C_out, C_in, 3, 3]
-    block: int,
-    stride: int,
+    transform: Transform,
 ) -> Tensor:  # [C_out, points, C_in]
     """The kernels of `weight` as Winograd's method multiplies with them to make blocks of outputs.
 
     Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016).
     """
-    kernels: Tensor = torch.ops.adakernels.winograd_kernels(weight, block, stride)
+    kernels: Tensor = torch.ops.adakernels.winograd_kernels(weight, *transform)
     return kernels
+
+
+Keep: TypeAlias = Callable[[Tensor, Transform], "Tensor | None"]
+"""Gives `winograd_kernels` of a weight that is likely to be used again, from where they are kept, or None."""
+
+
+def kept_kernels(
+    keep: Keep | None,
+    input: Tensor,  # [N, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in / groups, kh, kw]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor | None:  # [C_out, points, C_in]
+    """The kernels to convolve `input` with instead of `weight`, where there are such."""
+    if keep is None:
+        return None
+    geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+    transform = winograd_transform(
+        input.shape[2:], input.shape[1], weight.shape[0], weight.shape[2:], *geometry
+    )
+    return None if transform is None else keep(weight, transform)

@@ -13,7 +13,7 @@ from adakernels.ops import _checks
 from adakernels.ops._conv_arguments import ACTIVATIONS, activate
 from adakernels.ops._layout import shares_memory
 from adakernels.ops._library import call, library
-from adakernels.ops._winograd import winograd_conv2d_add_
+from adakernels.ops._winograd import Keep, kept_kernels, winograd_conv2d_add_
 from adakernels.ops.gated_conv2d import gated_conv2d_flops
 from adakernels.ops.policy import Policy, as_index
 
@@ -68,7 +68,7 @@ def conv2d_add_(
     dilation: Sequence[int],
     activation: str | None,
     *,
-    kernels: Tensor | None = None,  # [C_out, points, C_in]
+    keep: Keep | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
     """`target`, in place, as activation(target + conv2d(input, weight) + bias), on the CPU and in inference.
 
@@ -79,7 +79,7 @@ def conv2d_add_(
         target: of the output's shape and the input's dtype, float32 or bfloat16, in memory of its own.
         in_policy: integer; input channels marked SKIP are known to be zero and are not read.
         activation: None, "relu", "relu6" or "silu".
-        kernels: those of `weight` as `winograd_kernels` transforms them, if they are at hand.
+        keep: gives transformed kernels of `weight`.
 
     Raises:
         RuntimeError, ValueError: where shapes, dtypes or policy values don't fit, a gradient is asked for, or
@@ -100,6 +100,7 @@ def conv2d_add_(
         flops.record("conv2d", *work)
     policy = None if in_policy is None else as_index(in_policy)
     number = ACTIVATIONS.index(activation)
+    kernels = kept_kernels(keep, input, weight, stride, padding, dilation, 1)
     if kernels is not None:
         call(winograd_conv2d_add_, target, input, kernels, bias, policy, stride[0], padding, number)
     else:

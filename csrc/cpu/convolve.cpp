@@ -389,9 +389,11 @@ int64_t kept_winograd_block(const Problem& problem, int64_t height, int64_t widt
 }
 
 Tensor winograd_kernels(const Tensor& weight, int64_t block, int64_t stride) {
+  check_features(weight, "winograd_kernels: weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                   "winograd_kernels: expected a weight of 3x3 kernels");
-  STD_TORCH_CHECK(block == 2 || (block == 4 && stride == 1), "winograd_kernels: expected blocks of a side of 2 or 4");
+  STD_TORCH_CHECK((stride == 1 && (block == 2 || block == 4)) || (stride == 2 && block == 2),
+                  "winograd_kernels: expected blocks of a side of 2 or, at stride 1, of 4");
   const FloatArray weights = floats(weight);
   const Problem problem = {weight.size(1), weight.size(0), 1, {1, 1, 0, 1}, {3, stride, 1, 1}, {3, stride, 1, 1}};
   Planes map = {};

@@ -141,7 +141,9 @@ void winograd_conv2d_add(const Tensor& target,                    // [N, C_out, 
 
 int64_t winograd_block(std::vector<int64_t> size, int64_t in_channels, int64_t out_channels, int64_t stride,
                        std::vector<int64_t> padding) {
-  STD_TORCH_CHECK(size.size() == 2 && padding.size() == 2, "winograd_block: expected two sizes and two paddings");
+  STD_TORCH_CHECK(size.size() == 2 && size[0] >= 0 && size[1] >= 0 && padding.size() == 2 && padding[0] >= 0 &&
+                      padding[1] >= 0 && in_channels >= 0 && out_channels >= 0 && stride > 0,
+                  "winograd_block: expected two sizes, numbers of channels, a stride and two paddings");
   const KernelAxis y = {3, stride, padding[0], 1}, x = {3, stride, padding[1], 1};
   return kept_winograd_block({in_channels, out_channels, 1, {1, 1, 0, 1}, y, x}, size[0], size[1]);
 }

@@ -231,8 +231,8 @@ int64_t block_count(const Convolution& conv, int64_t side) {
 }
 
 // The block that takes least, of a kernel that is used so often after it was transformed, at so many products a point.
-int64_t cheapest_block(const Convolution& conv, double uses, double point_work, int64_t kernel_count,
-                       int64_t largest_bytes, const Kernels& kernels) {
+int64_t cheapest_block(const Convolution& conv, double uses, double point_work, int64_t row_count,
+                       int64_t channel_count, int64_t largest_bytes, const Kernels& kernels) {
   if (conv.step_y == 2) return conv.grid_height * conv.grid_width < kWinogradPoints ? 0 : 2;
   int64_t cheapest = 0;
   double least = uses * double(9 * conv.grid_height * conv.grid_width);
@@ -240,7 +240,8 @@ int64_t cheapest_block(const Convolution& conv, double uses, double point_work, 
     const int64_t points = (block + 2) * (block + 2), lanes = kernels.lanes;
     const int64_t products = points * ceil_div(block_count(conv, block), lanes) * lanes;
     const double work = uses * double(products) + point_work * double(points);
-    if (work >= least || (block == 4 && 4 * points * kernel_count > largest_bytes)) continue;
+    const int64_t bytes = 4 * row_count * points * kernels.winograd_point_stride(channel_count);
+    if (work >= least || (block == 4 && bytes > largest_bytes)) continue;
     cheapest = block;
     least = work;
   }
@@ -251,14 +252,14 @@ int64_t cheapest_block(const Convolution& conv, double uses, double point_work, 
 
 int64_t winograd_block(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
   if (!suits_winograd(conv)) return 0;
-  return cheapest_block(conv, 1, 0, row_count * channel_count, kKernelBytes, kernels);
+  return cheapest_block(conv, 1, 0, row_count, channel_count, kKernelBytes, kernels);
 }
 
 int64_t winograd_block(const Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
                        const Kernels& kernels) {
   if (!suits_winograd(conv)) return 0;
   const double uses = uses_of_kernels(units, row_count, channel_count);
-  return cheapest_block(conv, uses, kPointWork, row_count * channel_count, kLargestKernels, kernels);
+  return cheapest_block(conv, uses, kPointWork, row_count, channel_count, kLargestKernels, kernels);
 }
 
 int64_t transformed_row(const Convolution& conv, int64_t channel_count, const Kernels& kernels) {

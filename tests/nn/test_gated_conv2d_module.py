@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import adakernels as ak
 from adakernels import _extension
 from adakernels.nn import GatedConv2d, conv_norm_act
+from adakernels.ops._winograd import Transform
 
 FRAMES = 3
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -288,37 +289,126 @@ def test_folding_happens_once(frames: Tensor, monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 2
 
 
+@pytest.fixture
+def transforms(monkeypatch: pytest.MonkeyPatch) -> list[Transform]:
+    """What kernels are transformed for, one after the other."""
+    from adakernels.nn import _conv_norm_act
+
+    made = []
+    transform = _conv_norm_act.winograd_kernels
+    monkeypatch.setattr(
+        _conv_norm_act, "winograd_kernels", lambda *args: made.append(args[1]) or transform(*args)
+    )
+    return made
+
+
+needs_cpu_kernels = pytest.mark.skipif(not _extension.has_cpu, reason="the compiled extension keeps kernels")
+
+
+@needs_cpu_kernels
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm2d])
 @pytest.mark.parametrize("gated", [True, False])
 def test_kernels_are_transformed_once(
-    gated: bool, norm: Any, policy: Tensor, monkeypatch: pytest.MonkeyPatch
+    gated: bool, norm: Any, policy: Tensor, transforms: list[Transform]
 ) -> None:
-    from adakernels.nn import _conv_norm_act
-
-    calls = []
-    transform = _conv_norm_act.winograd_kernels
-    monkeypatch.setattr(
-        _conv_norm_act, "winograd_kernels", lambda *args: calls.append(args[1:]) or transform(*args)
-    )
     module = GatedConv2d(4, 6, 3, padding=1, norm=norm, activation="relu").eval()
     policies = (policy,) if gated else ()
-    small, large = torch.randn(2 * FRAMES, 4, 40, 40), torch.randn(2 * FRAMES, 4, 8, 130)
-    expected = [module(frames, *policies, frames=FRAMES).detach() for frames in (small, large)]
-    assert not calls, "calls that record for backward go without"
+    inputs = [torch.randn(2 * FRAMES, 4, *size) for size in ((40, 40), (5, 7), (8, 130))]
+    expected = [module(frames, *policies, frames=FRAMES).detach() for frames in inputs]
     with torch.no_grad(), ak.use_backend("reference"):
-        module(small, *policies, frames=FRAMES)
-    assert not calls
+        module(inputs[0], *policies, frames=FRAMES)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        module(inputs[0], *policies, frames=FRAMES)
+    assert not transforms
     with torch.inference_mode():
-        for _ in range(3):
-            for frames, result in zip((small, large), expected, strict=True):
+        for _ in range(4):
+            for frames, result in zip(inputs, expected, strict=True):
                 actual = module(frames, *policies, frames=FRAMES)
                 torch.testing.assert_close(actual, result, rtol=1e-4, atol=1e-5)
-        assert calls == ([(4, 1)] if _extension.has_cpu else [])
-        with torch.autocast("cpu", torch.bfloat16):
-            module(small, *policies, frames=FRAMES)
+        # A plain layer follows whatever happens to a parameter, as torch's does, and leaves small maps to it.
+        kept = [(4, 1), (2, 1)] if gated else [(4, 1)] if norm else []
+        assert transforms == kept
         module.eval()
-        module(small, *policies, frames=FRAMES)
-        assert len(calls) == (2 if _extension.has_cpu else 0), "kept no longer than until the mode is set"
+        for _ in range(2):
+            module(inputs[0], *policies, frames=FRAMES)
+        assert len(transforms) == (len(kept) + 1 if kept else 0), "kept no longer than until the mode is set"
+
+
+@needs_cpu_kernels
+def test_a_stride_changes_the_kernels(policy: Tensor, transforms: list[Transform]) -> None:
+    module = GatedConv2d(4, 6, 3, padding=1, norm=batch_norm(6)).eval()
+    small, large = torch.randn(2 * FRAMES, 4, 7, 7), torch.randn(2 * FRAMES, 4, 22, 22)
+    with torch.no_grad():
+        for policies in ((policy,), ()):
+            for stride, frames in (((1, 1), small), ([2, 2], large), ((2, 2), large), ((1, 1), small)):
+                module.stride = stride
+                with ak.use_backend("reference"):
+                    expected = module(frames, *policies, frames=FRAMES)
+                for _ in range(3):
+                    actual = module(frames, *policies, frames=FRAMES)
+                    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert transforms == [(2, 1), (2, 2)]
+
+
+@needs_cpu_kernels
+def test_results_do_not_depend_on_calls_before(frames: Tensor, policy: Tensor) -> None:
+    module = make().eval()
+    with torch.no_grad():
+        first = module(frames, policy, frames=FRAMES)
+        assert torch.equal(module(frames, policy, frames=FRAMES), first)
+
+
+def no_norm() -> GatedConv2d:
+    return GatedConv2d(4, 6, 3, padding=1, activation="relu").eval()
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_weight,
+        optimiser_step,
+        lambda module: module.load_state_dict(no_norm().state_dict()),
+        lambda module: module.load_state_dict(no_norm().state_dict(), assign=True),
+        replace_parameter,
+        transpose_parameter,
+        write_through_data,
+    ],
+)
+def test_transformed_kernels_follow_changes(
+    change: Callable[[GatedConv2d], None], frames: Tensor, policy: Tensor, transforms: list[Transform]
+) -> None:
+    module = no_norm()
+    twin = copy.deepcopy(module)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return [module(frames, policy, frames=FRAMES) for _ in range(3)][-1]
+
+    before = run()
+    change(module)
+    after = run()
+    expected = F.relu(F.conv2d(frames, module.weight, module.bias, padding=1)).detach()
+    torch.testing.assert_close(after, masked(expected, policy, FRAMES), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(before, after)
+    assert transforms == [(2, 1)] * 2
+    module = twin
+    torch.testing.assert_close(run(), before)
+
+
+@needs_cpu_kernels
+def test_weights_that_are_new_in_every_call_are_not_transformed(
+    frames: Tensor, policy: Tensor, transforms: list[Transform]
+) -> None:
+    module = nn.utils.parametrizations.weight_norm(no_norm())
+    with torch.no_grad():
+        for _ in range(3):
+            module(frames, policy, frames=FRAMES)
+    with torch.inference_mode():
+        made_in_inference_mode = no_norm()
+        for _ in range(3):
+            made_in_inference_mode(frames, policy, frames=FRAMES)
+    assert not transforms
 
 
 def test_weights_folded_in_inference_mode_serve_a_gradient(frames: Tensor) -> None:

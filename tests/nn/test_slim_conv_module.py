@@ -286,6 +286,17 @@ def test_a_call_like_one_before_follows_what_is_not_like_it(clips: Tensor) -> No
         check(conv, clips)
 
 
+def test_transformed_kernels_are_those_of_the_stride_and_the_blocks() -> None:
+    conv = ak.SlimConv2d(32, 48, 3, padding=1, activation="relu").eval()
+    with torch.no_grad():
+        for size, stride in ((14, 1), (7, 1), (22, 2), (14, 1), (7, 1)):
+            conv.stride = (stride, stride)
+            frames = torch.randn(3, 24, size, size)
+            expected = F.conv2d(frames, conv.weight[:40, :24], conv.bias[:40], stride, 1).relu()
+            for _ in range(2):
+                torch.testing.assert_close(conv(frames, out_channels=40), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"out_channels": True}, {"out_channels": 1.0}, {"segments": ((False, 8), (16, 24))}],

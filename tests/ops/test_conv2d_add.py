@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 import adakernels as ak
 from adakernels.models.resnet import ResidualBlock
@@ -103,6 +105,24 @@ def test_blocks_keep_their_input_unless_told_otherwise(kernels: tuple[int, ...],
         output, _ = block.forward_with_policy(input, overwrite=True)
     assert output is input
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_residual_branches_keep_transformed_kernels(stride: int, cpu_backend: None) -> None:
+    conv = GatedConv2d(12, 20, 3, padding=1, stride=stride).eval()
+    norm = torch.nn.BatchNorm2d(20).eval()
+    input, in_policy = torch.randn(2, 12, 28, 28), torch.randint(0, 3, (2, 12))
+    residual = torch.randn(2, 20, 28 // stride, 28 // stride)
+    masked = torch.where(in_policy[..., None, None] == 2, 0, input)
+    with torch.no_grad():
+        expected = torch.relu(norm(F.conv2d(masked, conv.weight, conv.bias, stride, 1)) + residual)
+        with profile() as recorded:
+            for _ in range(2):
+                actual = conv_norm_add_act(conv, norm, "relu", input, residual, in_policy=in_policy)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    names = [event.name for event in recorded.function_events]
+    assert names.count("adakernels::winograd_kernels") == 1
+    assert names.count("adakernels::winograd_conv2d_add_") == 2
 
 
 def test_autograd_knows_that_the_target_changes(cpu_backend: None) -> None:

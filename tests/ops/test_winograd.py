@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from adakernels.ops import gated_conv2d_reference
-from adakernels.ops._winograd import winograd_block, winograd_conv2d, winograd_conv2d_add_, winograd_kernels
+from adakernels.ops._winograd import (
+    Transform,
+    winograd_conv2d,
+    winograd_conv2d_add_,
+    winograd_kernels,
+    winograd_transform,
+)
 from adakernels.ops.conv2d_add import conv2d_add_reference
 
 # N, C_in, C_out, size, stride, padding, block
@@ -42,7 +49,7 @@ def test_matches_the_reference(case: str, cpu_backend: None) -> None:
     *_, stride, padding, block = CASES[case]
     input, weight, bias, policy, in_policy = make(case)
     doubles = input.double(), weight.double(), bias.double()
-    kernels = winograd_kernels(weight, block, stride)
+    kernels = winograd_kernels(weight, Transform(block, stride))
     geometry = {"stride": stride, "padding": padding}
     for out, inner, frames in ((policy, in_policy, 2), (None, in_policy, 1), (policy, None, 1)):
         expected = gated_conv2d_reference(
@@ -67,10 +74,10 @@ def test_on_every_instruction_set(on_instruction_set: Callable[..., None]) -> No
 
 def test_kernels_are_those_of_the_weight_in_any_format_and_dtype(cpu_backend: None) -> None:
     weight = torch.randn(7, 19, 3, 3).bfloat16().float()
-    kernels = winograd_kernels(weight, 4, 1)
+    kernels = winograd_kernels(weight, Transform(4, 1))
     assert kernels.shape == (7, 36, 19)
     for same in (weight.bfloat16(), weight.to(memory_format=torch.channels_last), weight.mT.contiguous().mT):
-        assert torch.equal(winograd_kernels(same, 4, 1), kernels)
+        assert torch.equal(winograd_kernels(same, Transform(4, 1)), kernels)
 
 
 def test_takes_bfloat16(cpu_backend: None) -> None:
@@ -79,7 +86,7 @@ def test_takes_bfloat16(cpu_backend: None) -> None:
     )
     doubles = input.double(), weight.double(), bias.double()
     expected = gated_conv2d_reference(*doubles, policy, frames=2, padding=1, in_policy=in_policy)
-    kernels = winograd_kernels(weight, 2, 1)
+    kernels = winograd_kernels(weight, Transform(2, 1))
     actual = winograd_conv2d(input, kernels, bias, policy, in_policy, 2, 1, [1, 1], 0)
     # The one rounding to bfloat16 is at most half of its 2^-8.
     torch.testing.assert_close(actual.double(), expected, rtol=4e-3, atol=1e-5)
@@ -90,7 +97,7 @@ def test_opcheck(case: str, cpu_backend: None) -> None:
     *_, stride, padding, block = CASES[case]
     input, weight, bias, policy, in_policy = make(case)
     torch.library.opcheck(torch.ops.adakernels.winograd_kernels.default, (weight, block, stride))
-    kernels = winograd_kernels(weight, block, stride)
+    kernels = winograd_kernels(weight, Transform(block, stride))
     for order in (torch.contiguous_format, torch.channels_last):
         ordered = input.contiguous(memory_format=order)
         arguments = (ordered, kernels, bias, policy, in_policy, 2, stride, padding, RELU)
@@ -102,10 +109,13 @@ def test_opcheck(case: str, cpu_backend: None) -> None:
 
 
 def block_of(
-    size: tuple[int, int], stride: int = 1, padding: int = 1, channels: int = 16, **other: object
+    size: tuple[int, int], stride: int = 1, padding: int = 1, channels: int = 16, **other: Any
 ) -> int:
-    geometry = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1} | other
-    return winograd_block(size, channels, channels, stride=(stride,) * 2, padding=(padding,) * 2, **geometry)
+    geometry: dict[str, Any] = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1} | other
+    geometry |= {"stride": (stride,) * 2, "padding": (padding,) * 2}
+    transform = winograd_transform(size, channels, channels, **geometry)
+    assert transform is None or transform.stride == stride
+    return 0 if transform is None else transform.block
 
 
 def test_which_blocks_are_kept(cpu_backend: None) -> None:
@@ -125,7 +135,7 @@ def test_which_blocks_are_kept(cpu_backend: None) -> None:
 
 def test_what_does_not_fit_is_refused(cpu_backend: None) -> None:
     input, weight, bias, policy, in_policy = make("4x4")
-    kernels = winograd_kernels(weight, 4, 1)
+    kernels = winograd_kernels(weight, Transform(4, 1))
 
     def run(input: Tensor, kernels: Tensor, frames: int = 1, stride: int = 1, padding: int = 1) -> None:
         winograd_conv2d(input, kernels, bias, policy, in_policy, frames, stride, [padding] * 2, 0)
@@ -145,6 +155,12 @@ def test_what_does_not_fit_is_refused(cpu_backend: None) -> None:
     with pytest.raises(RuntimeError, match="expected frames to divide N"):
         run(input, kernels, frames=3)
     with pytest.raises(RuntimeError, match="expected a weight of 3x3 kernels"):
-        winograd_kernels(weight[..., :2], 2, 1)
-    with pytest.raises(RuntimeError, match="expected blocks of a side of 2 or 4"):
-        winograd_kernels(weight, 4, 2)
+        winograd_kernels(weight[..., :2], Transform(2, 1))
+    with pytest.raises(RuntimeError, match="expected a float32 or bfloat16 tensor"):
+        winograd_kernels(weight.to(torch.complex64), Transform(2, 1))
+    for block, stride in ((4, 2), (3, 1), (2, 0), (2, -1), (2, 3)):
+        with pytest.raises(RuntimeError, match="expected blocks of a side of 2 or, at stride 1, of 4"):
+            winograd_kernels(weight, Transform(block, stride))
+    for arguments in (((8, -8), 9, 9, 1, (1, 1)), ((8, 8), 9, 9, 0, (1, 1)), ((8, 8), 9, 9, 1, (1, -1))):
+        with pytest.raises(RuntimeError, match="winograd_block: expected two sizes"):
+            torch.ops.adakernels.winograd_block(*arguments)
