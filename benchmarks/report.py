@@ -213,7 +213,7 @@ class Row:
 
 def goal(target: Target) -> str:
     """The target as text."""
-    if target.metric == "overhead_us":
+    if target.metric == "overhead_us" and target.worst is not None:
         return f"≤ {target.worst:.0f} µs"
     bounds = [(target.mean, " mean"), (target.worst, " each")]
     sign = "≥" if target.higher else "≤"

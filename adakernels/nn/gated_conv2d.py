@@ -22,10 +22,10 @@ class GatedConv2d(ConvNormAct, nn.Conv2d):
     Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is that module when
     called without a policy (in inference on the CPU, by the fastest kernel, which may round otherwise).
 
-    In inference on the CPU it keeps what Winograd's method makes of 3x3 kernels, two to five times the size of
-    a weight with 64 input channels or more, until the weight changes or `train()` or `eval()` is called. Call
-    one of these after writing to the weight's memory through `weight.data`, NumPy or another process, which
-    shows nowhere. A plain call keeps nothing unless there is a norm, and follows such writes.
+    In inference on the CPU it keeps what Winograd's method makes of 3x3 kernels, two to five times the size
+    of a weight with 64 input channels or more, until the weight changes or `train()` or `eval()` is called.
+    Call one of these after writing to the weight's memory through `weight.data`, NumPy or another process,
+    which shows nowhere. A plain call keeps nothing unless there is a norm, and follows such writes.
 
     Args:
         norm: normalisation of the computed features, applied before they are fused over time: a module, or a
