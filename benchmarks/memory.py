@@ -113,14 +113,14 @@ def main(form: str, memory_format: str, index: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     case = CASES[int(index)]
     runner: Callable[[], Result]
+    # Made outside of inference mode, as usual: then what is made of a layer's weight is kept.
+    if isinstance(case, ClipMemoryCase):
+        warm = clip_runner(replace(case.layer, size=8), form, memory_format)
+        runner = clip_runner(case.layer, form, memory_format)
+    else:
+        small = replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2)
+        warm, runner = (getattr(Layer(c).in_format(memory_format), form) for c in (small, case))
     with torch.inference_mode():
-        if isinstance(case, ClipMemoryCase):
-            warm = clip_runner(replace(case.layer, size=8), form, memory_format)
-            runner = clip_runner(case.layer, form, memory_format)
-        else:
-            small = replace(case, shape=replace(case.shape, size=case.shape.kernel), batch=2)
-            with torch.inference_mode(False):  # what is made of a layer's weight is kept
-                warm, runner = (getattr(Layer(c).in_format(memory_format), form) for c in (small, case))
         for _ in range(3):
             warm()
         print(peak_of_call(runner))

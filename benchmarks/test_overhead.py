@@ -76,8 +76,8 @@ def test_peak_memory(benchmark: Any, memory_case: MemoryCase, threads: int, quic
 def test_peak_memory_of_clips(benchmark: Any, clip_memory_case: memory.ClipMemoryCase, threads: int) -> None:
     """The same for the layers over clips, 3D convolutions."""
     case = clip_memory_case.layer
+    runners = {name: memory.clip_runner(case, "ours", name) for name in FORMATS}
     with torch.inference_mode():
-        runners = {name: memory.clip_runner(case, "ours", name) for name in FORMATS}
         with ak.use_backend("reference"):
             expected = runners["contiguous"]()
         assert isinstance(expected, torch.Tensor)

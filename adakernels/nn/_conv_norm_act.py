@@ -13,11 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from adakernels import backends, flops
-from adakernels.nn.folding import DerivedCache, FoldCache, folded_batch_norm, is_foldable
+from adakernels.nn.folding import (
+    DerivedCache,
+    FoldCache,
+    fold_batch_norm,
+    folded_batch_norm,
+    is_foldable,
+    is_parametrised,
+)
 from adakernels.ops._cpu_conv import conv_on_cpu
 from adakernels.ops._layout import is_dense
 from adakernels.ops._library import is_observed
-from adakernels.ops._winograd import Keep, Transform, winograd_kernels
+from adakernels.ops._winograd import KernelSource, Transform, winograd_kernels
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -77,7 +84,10 @@ class ConvNormAct(_ConvNd):
             return self.weight, self.bias
         if not is_foldable(norm):
             return None
-        return folded_batch_norm(self.weight, self.bias, cast(_BatchNorm, norm), self._folded)
+        norm = cast(_BatchNorm, norm)
+        if is_parametrised(self) or is_parametrised(norm):
+            return fold_batch_norm(self.weight, self.bias, norm)
+        return folded_batch_norm(self.weight, self.bias, norm, self._folded)
 
     def suits_cpu_kernel(
         self,
@@ -136,27 +146,42 @@ class ConvNormAct(_ConvNd):
         ):
             return None
         geometry = self.geometry(weight.dim() - 2)
-        return conv_on_cpu(op, input, weight, bias, self._transformed_if_folded, *geometry, activation)
+        return conv_on_cpu(op, input, weight, bias, self._kernels_of_folded, *geometry, activation)
 
-    def keep(
+    def kernel_source(
         self,
         op: str,
         input: Tensor,  # [N, C_in, H, W]
         weight: Tensor,  # [C_out, C_in/groups, kh, kw]
-    ) -> Keep | None:
+    ) -> KernelSource | None:
         """Where the CPU kernel of `op` gets transformed kernels; None where it may not run this."""
         if weight.shape[2:] != (3, 3):  # first what leaves most of the other layers out
             return None
-        return self._transformed if self.suits_cpu_kernel(op, input, weight) else None
+        return self._kernels_of_any if self.suits_cpu_kernel(op, input, weight) else None
 
-    def _transformed(
+    # A weight that is neither the parameter nor folded for many calls is new in every call.
+
+    def _kernels_of_any(self, weight: Tensor, transform: Transform) -> Tensor | None:
+        """A `KernelSource`."""
+        parameter = self._parameters.get("weight")
+        if parameter is not None and weight.data_ptr() == parameter.data_ptr():
+            return self._kept_kernels(weight, transform)
+        return self._kernels_of_folded(weight, transform)
+
+    def _kernels_of_folded(self, weight: Tensor, transform: Transform) -> Tensor | None:
+        """A `KernelSource` for plain calls. Like torch's layers these must see writes to the parameter that
+        leave no trace, so nothing of the parameter itself is kept for them."""
+        folded = self._folded.value
+        if folded is None or weight.data_ptr() != folded[0].data_ptr():
+            return None
+        return self._kept_kernels(weight, transform)
+
+    def _kept_kernels(
         self,
         weight: Tensor,  # [C_out, C_in, 3, 3]
         transform: Transform,
     ) -> Tensor | None:  # [C_out, points, C_in]
-        """`winograd_kernels` of a weight, made once and kept for as long as it does not change."""
-        if "weight" not in self._parameters:  # a parametrised one is new in every call
-            return None
+        """`winograd_kernels`, made once and kept for as long as `weight` does not change."""
         kept = self._kernels.get((weight,), dict)
         if kept is None:
             return None
@@ -165,14 +190,6 @@ class ConvNormAct(_ConvNd):
             with torch.inference_mode(False), torch.no_grad():
                 kernels = kept[transform] = winograd_kernels(weight, transform)
         return kernels
-
-    def _transformed_if_folded(
-        self,
-        weight: Tensor,  # [C_out, C_in, 3, 3]
-        transform: Transform,
-    ) -> Tensor | None:  # [C_out, points, C_in]
-        """The same, but not of the parameter itself: torch follows changes of that which show nowhere."""
-        return None if weight.data_ptr() == self.weight.data_ptr() else self._transformed(weight, transform)
 
     def geometry(self, rank: int) -> tuple[Any, ...]:
         """Stride, padding and dilation of the last `rank` dimensions, and groups."""

@@ -24,6 +24,11 @@ def is_foldable(norm: nn.Module) -> bool:
     )
 
 
+def is_parametrised(module: nn.Module) -> bool:
+    """Whether weight or bias of a convolution or a norm are made anew for every call."""
+    return "weight" not in module._parameters or "bias" not in module._parameters
+
+
 def fold_batch_norm(
     weight: Tensor,  # [C_out, ...]
     bias: Tensor | None,  # [C_out]
@@ -60,8 +65,8 @@ class DerivedCache(Generic[_T]):
     """Keeps one value computed from tensors for as long as none of them has changed.
 
     Changes are seen by the tensors' version counters, addresses and layouts, so in-place edits, optimiser
-    steps, `load_state_dict`, `.to()` and replaced parameters are all followed; writes through `tensor.data`
-    have no counter and need `clear()`. Copies and pickles of a cache are empty.
+    steps, `load_state_dict`, `.to()` and replaced parameters are all followed; writes through `tensor.data`,
+    NumPy or another process have no counter and need `clear()`. Copies and pickles of a cache are empty.
     """
 
     __slots__ = ("_entry",)
@@ -72,6 +77,12 @@ class DerivedCache(Generic[_T]):
     def clear(self) -> None:
         """Forgets the value."""
         self._entry = None
+
+    @property
+    def value(self) -> _T | None:
+        """The value that is kept, of whatever sources it is."""
+        entry = self._entry
+        return None if entry is None else entry[2]
 
     def get(
         self, sources: tuple[Tensor | None, ...], compute: Callable[[], _T], *, tag: Any = None

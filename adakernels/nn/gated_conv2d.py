@@ -23,9 +23,10 @@ class GatedConv2d(ConvNormAct, nn.Conv2d):
     called without a policy (in inference on the CPU, by the fastest kernel, which may round otherwise).
 
     In inference on the CPU it keeps what Winograd's method makes of 3x3 kernels, two to five times the size
-    of a weight with 64 input channels or more, until the weight changes or `train()` or `eval()` is called.
-    Call one of these after writing to the weight's memory through `weight.data`, NumPy or another process,
-    which shows nowhere. A plain call keeps nothing unless there is a norm, and follows such writes.
+    of a weight with 64 input channels or more (or the sum of both, for two sizes of maps), until the weight
+    changes or `train()` or `eval()` is called. Call one of these after writing to the weight's memory through
+    `weight.data`, NumPy or another process, which shows nowhere. A plain call keeps nothing unless there is a
+    norm, and follows such writes.
 
     Args:
         norm: normalisation of the computed features, applied before they are fused over time: a module, or a
@@ -128,9 +129,17 @@ def conv_norm_add_act(
     if folded is not None:
         target = residual if overwrite and not shares_memory(residual, input) else residual.clone()
         padding = cast(tuple[int, int], conv.padding)
-        keep = conv.keep("gated_conv2d", input, folded[0])
+        source = conv.kernel_source("gated_conv2d", input, folded[0])
         return conv2d_add_(
-            target, input, *folded, in_policy, conv.stride, padding, conv.dilation, activation, keep=keep
+            target,
+            input,
+            *folded,
+            in_policy,
+            conv.stride,
+            padding,
+            conv.dilation,
+            activation,
+            kernel_source=source,
         )
     output = conv_norm_act(conv, norm, None, input, in_policy=in_policy)
     return ACTIVATIONS[activation](output.add_(residual))
@@ -153,7 +162,7 @@ def _conv_act(
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0
     return gated_conv2d_with(
-        conv.keep("gated_conv2d", input, weight),
+        conv.kernel_source("gated_conv2d", input, weight),
         input,
         weight,
         bias,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adakernels import flops
 from adakernels.nn._conv_norm_act import ACTIVATIONS, ConvNormAct
-from adakernels.nn.folding import DerivedCache, fold_batch_norm, is_foldable, norm_tensors
+from adakernels.nn.folding import DerivedCache, fold_batch_norm, is_foldable, is_parametrised, norm_tensors
 from adakernels.ops import slim_conv2d, slim_conv3d
 from adakernels.ops._checks import facts
 from adakernels.ops._layout import dense
@@ -182,10 +182,10 @@ class _SlimConv(ConvNormAct):
         norm = self._modules.get("norm")
         if norm is not None and not is_foldable(norm):
             return None
-        parameters = self._parameters
-        # Looked up as attributes they take a microsecond; a parametrised layer has the weight nowhere else.
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        if is_parametrised(self) or (norm is not None and is_parametrised(norm)):
+            return None
+        # Looked up as attributes they take a microsecond.
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
         if norm is None:
             return self._prepared.get((weight, bias), _Prepared)
         norm = cast(_BatchNorm, norm)
@@ -227,6 +227,7 @@ class _SlimConv(ConvNormAct):
         segments = arguments[1]
         # What is a list may be another one in the next call.
         fixed = segments is None or {type(segments), *map(type, segments)} == {tuple}
+        fixed = fixed and list not in map(type, (self.stride, self.padding, self.dilation))
         if seen is not None and fixed and input.stride() == as_it_was and not flops.counting:
             call = _Call(seen, segments, run, *tensors)
             prepared.calls = (call, *prepared.calls[: CALLS - 1])
@@ -244,8 +245,9 @@ class SlimConv2d(_SlimConv, nn.Conv2d):
 
     Takes the constructor arguments of `torch.nn.Conv2d`, has its `state_dict` keys, and is that module when
     called with its input alone. In inference on the CPU it takes the fastest kernel, which may round
-    otherwise, and keeps copies of the weight for the last two widths it was called with, in the layout that
-    the convolution reads (A3D, §3.2), or 3x3 kernels as Winograd's method multiplies with them.
+    otherwise, and keeps copies of the weight for the last two widths it was called with (or one, if its maps
+    want two methods), in the layout that the convolution reads (A3D, §3.2), or 3x3 kernels as Winograd's
+    method multiplies with them.
 
     Args:
         norm: normalisation of the result: a module, or a callable that makes one from the number of channels

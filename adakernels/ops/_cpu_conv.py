@@ -17,7 +17,13 @@ from adakernels.ops._conv_arguments import ACTIVATIONS, ConvArguments, activate,
 from adakernels.ops._layout import CHANNELS_LAST, memory_format
 from adakernels.ops._library import below_autograd
 from adakernels.ops._onednn import ONEDNN_ACTIVATIONS, has_onednn
-from adakernels.ops._winograd import Keep, Transform, winograd_conv2d, winograd_kernels, winograd_transform
+from adakernels.ops._winograd import (
+    KernelSource,
+    Transform,
+    winograd_conv2d,
+    winograd_kernels,
+    winograd_transform,
+)
 
 
 class Form(NamedTuple):
@@ -335,7 +341,7 @@ def conv_on_cpu(
     input: Tensor,  # [N, C_in, H, W] or [B, C_in, T, H, W]
     weight: Tensor,  # [C_out, C_in/groups, ...]
     bias: Tensor | None,  # [C_out]
-    keep: Keep,
+    kernel_source: KernelSource,
     *arguments: Any,
 ) -> Tensor | None:
     """A convolution by the CPU's fastest kernel for it, without recording for backward; None where only torch
@@ -344,7 +350,7 @@ def conv_on_cpu(
     Args:
         op: that errors are about.
         input: float32 or bfloat16, contiguous or channels last.
-        keep: gives transformed kernels.
+        kernel_source: gives transformed kernels.
         arguments: stride, padding, dilation, groups and activation.
     """
     choice = _fastest(op, input, weight, bias, memory_format(input), has_onednn(input.dtype), *arguments)
@@ -352,5 +358,5 @@ def conv_on_cpu(
         return None
     weight = folded_weight(choice.plain.form.fold, weight)
     transform = choice.prepared.transform
-    kernels = None if transform is None else keep(weight, transform)
+    kernels = None if transform is None else kernel_source(weight, transform)
     return choice.plain(input, weight, bias) if kernels is None else choice.prepared(input, kernels, bias)

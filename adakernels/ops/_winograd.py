@@ -111,12 +111,12 @@ def winograd_kernels(
     return kernels
 
 
-Keep: TypeAlias = Callable[[Tensor, Transform], "Tensor | None"]
+KernelSource: TypeAlias = Callable[[Tensor, Transform], "Tensor | None"]
 """Gives `winograd_kernels` of a weight that is likely to be used again, from where they are kept, or None."""
 
 
 def kept_kernels(
-    keep: Keep | None,
+    kernel_source: KernelSource | None,
     input: Tensor,  # [N, C_in, H, W]
     weight: Tensor,  # [C_out, C_in / groups, kh, kw]
     stride: Sequence[int],
@@ -125,10 +125,10 @@ def kept_kernels(
     groups: int,
 ) -> Tensor | None:  # [C_out, points, C_in]
     """The kernels to convolve `input` with instead of `weight`, where there are such."""
-    if keep is None:
+    if kernel_source is None:
         return None
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     transform = winograd_transform(
         input.shape[2:], input.shape[1], weight.shape[0], weight.shape[2:], *geometry
     )
-    return None if transform is None else keep(weight, transform)
+    return None if transform is None else kernel_source(weight, transform)

@@ -13,7 +13,7 @@ from adakernels.ops import _checks
 from adakernels.ops._conv_arguments import ACTIVATIONS, activate
 from adakernels.ops._layout import shares_memory
 from adakernels.ops._library import call, library
-from adakernels.ops._winograd import Keep, kept_kernels, winograd_conv2d_add_
+from adakernels.ops._winograd import KernelSource, kept_kernels, winograd_conv2d_add_
 from adakernels.ops.gated_conv2d import gated_conv2d_flops
 from adakernels.ops.policy import Policy, as_index
 
@@ -68,7 +68,7 @@ def conv2d_add_(
     dilation: Sequence[int],
     activation: str | None,
     *,
-    keep: Keep | None = None,
+    kernel_source: KernelSource | None = None,
 ) -> Tensor:  # [N, C_out, H', W']
     """`target`, in place, as activation(target + conv2d(input, weight) + bias), on the CPU and in inference.
 
@@ -79,7 +79,7 @@ def conv2d_add_(
         target: of the output's shape and the input's dtype, float32 or bfloat16, in memory of its own.
         in_policy: integer; input channels marked SKIP are known to be zero and are not read.
         activation: None, "relu", "relu6" or "silu".
-        keep: gives transformed kernels of `weight`.
+        kernel_source: gives transformed kernels of `weight`.
 
     Raises:
         RuntimeError, ValueError: where shapes, dtypes or policy values don't fit, a gradient is asked for, or
@@ -94,13 +94,21 @@ def conv2d_add_(
         compiling or not shares_memory(target, input),
         lambda: "conv2d_add_: expected a target that shares no memory with input",
     )
+    stride, padding, dilation = (
+        _checks.per_dimension("conv2d_add_", name, value, 2, least)
+        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    )
+    _checks.check_value(
+        input.shape[1] == weight.shape[1],
+        lambda: f"conv2d_add_: expected weight of C_in = {input.shape[1]} channels, got {weight.shape[1]}",
+    )
     if flops.counting:
         output_size = target.shape[2:]
         work = gated_conv2d_flops(input.shape, weight.shape, output_size=output_size, in_policy=in_policy)
         flops.record("conv2d", *work)
     policy = None if in_policy is None else as_index(in_policy)
     number = ACTIVATIONS.index(activation)
-    kernels = kept_kernels(keep, input, weight, stride, padding, dilation, 1)
+    kernels = kept_kernels(kernel_source, input, weight, stride, padding, dilation, 1)
     if kernels is not None:
         call(winograd_conv2d_add_, target, input, kernels, bias, policy, stride[0], padding, number)
     else:

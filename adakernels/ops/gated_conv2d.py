@@ -29,7 +29,7 @@ from adakernels.ops._conv_arguments import (
 )
 from adakernels.ops._layout import dense
 from adakernels.ops._library import call, flop_formula, library, register_gradient, run_on_gpu
-from adakernels.ops._winograd import Keep, kept_kernels, winograd_conv2d
+from adakernels.ops._winograd import KernelSource, kept_kernels, winograd_conv2d
 from adakernels.ops.policy import Policy, as_index, checked_policy, is_soft, needed_channels
 from adakernels.ops.temporal_fuse import temporal_fuse, temporal_fuse_reference
 
@@ -289,7 +289,7 @@ def gated_conv2d(
 
 
 def gated_conv2d_with(
-    keep: Keep | None,
+    kernel_source: KernelSource | None,
     input: Tensor,  # [N, C_in, H, W]
     weight: Tensor,  # [C_out, C_in/groups, kh, kw]
     bias: Tensor | None,  # [C_out]
@@ -303,7 +303,7 @@ def gated_conv2d_with(
     in_policy: Tensor | None,  # [N, C_in]
     activation: str | None,
 ) -> Tensor:  # [N, C_out, H', W']
-    """`gated_conv2d`, in inference on the CPU with the transformed kernels of `weight` that `keep` gives."""
+    """`gated_conv2d`, in inference on the CPU with the kernels that `kernel_source` gives for `weight`."""
     input, weight, bias = autocast(input, weight, bias)
     backend, conv = _plan(
         "gated_conv2d",
@@ -334,13 +334,13 @@ def gated_conv2d_with(
         )
     if conv.pad:
         input = F.pad(input, conv.pad)
-    return _run(backend, conv, keep, input, weight, bias, policy, in_policy, frames)
+    return _run(backend, conv, kernel_source, input, weight, bias, policy, in_policy, frames)
 
 
 def _run(
     backend: str,
     conv: ConvArguments,
-    keep: Keep | None,
+    kernel_source: KernelSource | None,
     input: Tensor,  # [N, C_in, H, W]
     weight: Tensor,  # [C_out, C_in/groups, kh, kw]
     bias: Tensor | None,  # [C_out]
@@ -352,7 +352,7 @@ def _run(
         output = activate(F.conv2d(input, weight, bias, *conv[:4]), ACTIVATIONS[conv.activation])
         return dense(output, like=input)
     if policy is not None and is_soft(policy):
-        output = _run(backend, conv, keep, input, weight, bias, None, in_policy, frames)
+        output = _run(backend, conv, kernel_source, input, weight, bias, None, in_policy, frames)
         return temporal_fuse(output, policy, frames=frames)
     if backend == "reference":
         output = gated_conv2d_reference(
@@ -370,7 +370,7 @@ def _run(
         )
         return dense(output, like=input)
     policies = tuple(None if given is None else as_index(given) for given in (policy, in_policy))
-    kernels = kept_kernels(keep, input, weight, *conv[:4])
+    kernels = kept_kernels(kernel_source, input, weight, *conv[:4])
     if kernels is not None:
         stride, padding = conv.stride[0], conv.padding
         return call(

@@ -25,11 +25,13 @@ constexpr int64_t kPointBytes = 1344 * 1024;
 constexpr int64_t kStayingKernels = 768 * 1024;
 // Kernels transformed for blocks of 4x4 are four times the weights. In one call, larger ones would weigh more than the
 // products that they save.
-constexpr int64_t kLargestKernels = 6 << 20;
+constexpr int64_t kLargestInCall = 6 << 20;
+// Those that a layer keeps stay in memory.
+constexpr int64_t kLargestKept = 12 << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kRowsPerTask = 32;
-// Of transformed kernels that are held at once. Where there are more, rows of them take turns.
-constexpr int64_t kKernelBytes = 12 << 20;
+// Of kernels transformed in a call that are held at once. Where there are more, rows of them take turns.
+constexpr int64_t kHeldAtOnce = 12 << 20;
 // Making a point of a transformed kernel takes as long as so many products, most of it for memory.
 constexpr double kPointWork = 64;
 // Smaller maps of stride 2 leave vectors of blocks half empty.
@@ -252,14 +254,14 @@ int64_t cheapest_block(const Convolution& conv, double uses, double point_work, 
 
 int64_t winograd_block(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
   if (!suits_winograd(conv)) return 0;
-  return cheapest_block(conv, 1, 0, row_count, channel_count, kKernelBytes, kernels);
+  return cheapest_block(conv, 1, 0, row_count, channel_count, kLargestKept, kernels);
 }
 
 int64_t winograd_block(const Convolution& conv, std::span<const Unit> units, int64_t row_count, int64_t channel_count,
                        const Kernels& kernels) {
   if (!suits_winograd(conv)) return 0;
   const double uses = uses_of_kernels(units, row_count, channel_count);
-  return cheapest_block(conv, uses, kPointWork, row_count, channel_count, kLargestKernels, kernels);
+  return cheapest_block(conv, uses, kPointWork, row_count, channel_count, kLargestInCall, kernels);
 }
 
 int64_t transformed_row(const Convolution& conv, int64_t channel_count, const Kernels& kernels) {
@@ -269,7 +271,7 @@ int64_t transformed_row(const Convolution& conv, int64_t channel_count, const Ke
 
 int64_t kernel_parts(const Convolution& conv, int64_t row_count, int64_t channel_count, const Kernels& kernels) {
   if (conv.winograd.block == 0) return 1;
-  return std::max<int64_t>(1, ceil_div(4 * row_count * transformed_row(conv, channel_count, kernels), kKernelBytes));
+  return std::max<int64_t>(1, ceil_div(4 * row_count * transformed_row(conv, channel_count, kernels), kHeldAtOnce));
 }
 
 namespace {

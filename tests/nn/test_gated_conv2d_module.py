@@ -400,14 +400,21 @@ def test_transformed_kernels_follow_changes(
 def test_weights_that_are_new_in_every_call_are_not_transformed(
     frames: Tensor, policy: Tensor, transforms: list[Transform]
 ) -> None:
-    module = nn.utils.parametrizations.weight_norm(no_norm())
+    def of(norm: nn.Module | None) -> GatedConv2d:
+        return GatedConv2d(4, 6, 3, padding=1, norm=norm).eval()
+
+    norm = nn.utils.parametrizations.weight_norm(batch_norm(6), dim=None)
+    layers = [nn.utils.parametrizations.weight_norm(of(each)) for each in (None, batch_norm(6))]
+    large = torch.randn(2 * FRAMES, 4, 40, 40)
     with torch.no_grad():
-        for _ in range(3):
-            module(frames, policy, frames=FRAMES)
+        for layer in (*layers, of(norm)):
+            for _ in range(3):
+                layer(frames, policy, frames=FRAMES)
+                layer(large)
     with torch.inference_mode():
-        made_in_inference_mode = no_norm()
+        layer = of(batch_norm(6))
         for _ in range(3):
-            made_in_inference_mode(frames, policy, frames=FRAMES)
+            layer(frames, policy, frames=FRAMES)
     assert not transforms
 
 

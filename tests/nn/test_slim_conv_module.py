@@ -297,6 +297,18 @@ def test_transformed_kernels_are_those_of_the_stride_and_the_blocks() -> None:
                 torch.testing.assert_close(conv(frames, out_channels=40), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["weight", "norm"])
+def test_parametrised_layers_prepare_nothing(
+    which: str, clips: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = __import__("adakernels.nn.slim_conv", fromlist=["prepare"])
+    monkeypatch.setattr(module, "prepare", lambda *args: pytest.fail("prepared"))
+    conv = make().eval()
+    nn.utils.parametrizations.weight_norm(conv if which == "weight" else conv.norm, dim=None)
+    with torch.no_grad():
+        check(conv, clips)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"out_channels": True}, {"out_channels": 1.0}, {"segments": ((False, 8), (16, 24))}],
