@@ -55,7 +55,7 @@ def norm_tensors(norm: _BatchNorm) -> tuple[Tensor | None, ...]:
     """All that a change of `norm` shows in."""
     # The batch count is here because an update of running statistics does not touch their version counters.
     parameters, buffers = norm._parameters, norm._buffers
-    if "weight" in parameters and "bias" in parameters and len(buffers) == 3:
+    if not is_parametrised(norm) and len(buffers) == 3:
         # Looked up as attributes they take 3 µs; a parametrised norm has them nowhere else.
         return parameters["weight"], parameters["bias"], *buffers.values()
     return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked

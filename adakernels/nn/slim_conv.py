@@ -218,7 +218,7 @@ class _SlimConv(ConvNormAct):
             norm = cast("_BatchNorm | None", self.norm)
             with torch.inference_mode(False), torch.no_grad():
                 folded = (weight, bias) if norm is None else fold_batch_norm(weight, bias, norm)
-                tensors = prepare(run.form, *folded, slim, input.shape)
+                tensors = prepare(run, *folded, slim, input.shape)
             widths = list(prepared.widths)
             for width in widths[: max(0, len(widths) + 1 - PREPARED)]:
                 dropped = prepared.widths.pop(width, (None,))[0]

@@ -157,24 +157,23 @@ def folded_weight(fold: str, weight: Tensor) -> Tensor:
 
 
 def prepared(
-    form: Form,
+    run: CpuConv,
     weight: Tensor,  # [out_channels, C/groups, ...]
     bias: Tensor | None,  # [out_channels]
     conv: ConvArguments,
     shape: Sequence[int],
 ) -> tuple[Tensor, Tensor | None]:  # [out_channels, ...], [out_channels]
-    """Copies of weight and bias as a `CpuConv` of `form` reads them fastest, again and again.
+    """Copies of weight and bias as `run` reads them fastest, again and again.
 
     Args:
         shape: of the input, which may later be another one.
     """
+    form = run.form
     stride, padding, dilation, groups = folded_arguments(form.fold, conv)
     weight = folded_weight(form.fold, weight)
     bias = None if bias is None else bias.clone()
-    if form.kernel == "winograd":
-        transform = _transform(tuple(shape), (3, 3), conv, weight.shape[0])
-        assert transform is not None
-        return winograd_kernels(weight, transform), bias
+    if run.transform is not None:
+        return winograd_kernels(weight, run.transform), bias
     if form.kernel not in ("onednn", "linear"):
         return weight.clone(memory_format=torch.contiguous_format), bias
     size = list(folded(form.fold, torch.empty(shape, device="meta")).shape)

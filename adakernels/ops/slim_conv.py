@@ -438,16 +438,16 @@ out_channels, segments, stride, padding, dilation, groups and activation follow 
 
 
 def prepare(
-    form: Form,
+    run: CpuConv,
     weight: Tensor,  # [C_out, C_in/groups, ...]
     bias: Tensor | None,  # [C_out]
     arguments: SlimArguments,
     shape: Sequence[int],
 ) -> tuple[Tensor, Tensor | None]:  # [out_channels, C/groups, ...], [out_channels]
-    """The selected part of weight and bias as `form` reads them fastest: see `prepared`."""
+    """The selected part of weight and bias as `run` reads them fastest: see `prepared`."""
     conv, out_channels, segments, _ = arguments
     part = slim_weight(weight, out_channels, _pairs(segments))
-    return prepared(form, part, None if bias is None else bias[:out_channels], conv, shape)
+    return prepared(run, part, None if bias is None else bias[:out_channels], conv, shape)
 
 
 class CpuCall(NamedTuple):
